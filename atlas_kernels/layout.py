@@ -1,0 +1,122 @@
+"""Where every element of a bank lies: blocks padded to 16 elements, cut into tiles, tiles interleaved.
+
+A bank with N task vectors over B blocks keeps its base in one flat arena of P elements and its
+deltas in one flat arena of N * P elements:
+
+    base    | tile 0            | tile 1            | ...
+    deltas  | tile 0 of tau_0 .. tau_{N-1} | tile 1 of tau_0 .. tau_{N-1} | ...
+
+Tile t covers base elements [tile_offset[t], tile_offset[t + 1]); its deltas start at
+N * tile_offset[t], vector i of it at + i * (length of the tile). One pass therefore reads the
+whole bank front to back, a block is one contiguous range, and no address needs a search.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from math import prod
+
+import torch
+from torch import Tensor
+
+# Elements. Every block starts at, and is zero-padded to, a multiple of this: full 128-bit loads for
+# every storage dtype, and zeros keep sums exact.
+ALIGNMENT = 16
+# Elements. Fixed, because the backward sums tile by tile: were it tunable, so would be the result's
+# last bits. 4096 fp32 accumulators (16 KiB) stay in a CPU's first-level cache and in a GPU's
+# registers (measured for the GPU at compile time: 7.0 instructions per element at 1024, 4.1 here).
+TILE = 4096
+
+
+def padded(length: int) -> int:
+    """`length` rounded up to a multiple of `ALIGNMENT`."""
+    return -(-length // ALIGNMENT) * ALIGNMENT
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Offsets and tile tables of B blocks with the given `shapes`.
+
+    Attributes (P elements in T tiles):
+        shapes: the B block shapes.
+        offsets: B + 1 element offsets; block b is [offsets[b], offsets[b] + numel(b)), then padding.
+        tile_block: int32 [T], the block that a tile belongs to.
+        tile_offset: int64 [T + 1], the first element of a tile.
+        block_tile: int32 [B + 1], the first tile of a block.
+    """
+
+    shapes: tuple[tuple[int, ...], ...]
+    offsets: tuple[int, ...]
+    tile_block: Tensor
+    tile_offset: Tensor
+    block_tile: Tensor
+
+    @classmethod
+    def from_shapes(cls, shapes: Sequence[Sequence[int]]) -> Layout:
+        """The layout of blocks with these shapes, tables on the CPU."""
+        sizes = [padded(prod(shape)) for shape in shapes]
+        offsets = (0, *accumulate(sizes))
+        counts = torch.tensor([-(-size // TILE) for size in sizes], dtype=torch.int64)
+        block_tile = torch.zeros(len(sizes) + 1, dtype=torch.int64)
+        torch.cumsum(counts, 0, out=block_tile[1:])
+        tile_block = torch.repeat_interleave(torch.arange(len(sizes)), counts)
+        tile_in_block = torch.arange(int(block_tile[-1])) - block_tile[tile_block]
+        starts = torch.tensor(offsets, dtype=torch.int64)
+        tile_offset = torch.empty(len(tile_block) + 1, dtype=torch.int64)
+        tile_offset[:-1] = starts[tile_block] + tile_in_block * TILE
+        tile_offset[-1] = offsets[-1]
+        return cls(
+            shapes=tuple(tuple(shape) for shape in shapes),
+            offsets=offsets,
+            tile_block=tile_block.int(),
+            tile_offset=tile_offset,
+            block_tile=block_tile.int(),
+        )
+
+    @property
+    def numel(self) -> int:
+        """P: elements of one arena row, padding included."""
+        return self.offsets[-1]
+
+    def to(self, device: torch.device | str) -> Layout:
+        """The same layout with its tables on `device`."""
+        return Layout(
+            self.shapes,
+            self.offsets,
+            self.tile_block.to(device),
+            self.tile_offset.to(device),
+            self.block_tile.to(device),
+        )
+
+    def split(self, flat: Tensor) -> tuple[Tensor, ...]:
+        """Views of the blocks in a flat arena row [P].
+
+        One `torch.split` with the pads as chunks of their own: its backward is a single
+        concatenation, where slicing block by block would zero-fill P elements per block.
+        """
+        sizes = []
+        for shape, start, end in zip(self.shapes, self.offsets, self.offsets[1:], strict=False):
+            length = prod(shape)
+            sizes += [length, end - start - length]
+        chunks = torch.split(flat, sizes)
+        return tuple(
+            chunk.view(shape) for chunk, shape in zip(chunks[::2], self.shapes, strict=True)
+        )
+
+
+def pieces(region: Tensor, length: int, num_vectors: int = 1) -> list[Tensor]:
+    """One block's interleaved rows as views [tiles, N, elements]: its full tiles, then its tail.
+
+    `region` is the block's flat range of N * length elements, `length` its padded length. With the
+    default N = 1 this cuts a range of the base, of the output or of a gradient alike.
+    """
+    full = length // TILE * TILE
+    cut = full * num_vectors
+    views = []
+    if full:
+        views.append(region[:cut].view(full // TILE, num_vectors, TILE))
+    if full < length:
+        views.append(region[cut:].view(1, num_vectors, length - full))
+    return views

@@ -1,0 +1,96 @@
+"""Every operator's schema and fake, once for each backend's namespace.
+
+`torch.ops.atlas_kernels_<backend>` holds the same four functional operators for every backend; a
+backend only implements them (`backends/`). They carry no derivative formulas and are private: the
+derivatives live in the autograd Functions of `compose.py`.
+
+A delta with no elements stands for "this task vector has no such block".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("torch", "cpp", "triton", "cuda")
+
+SCHEMAS = {
+    "compose": "(Tensor[] base, Tensor[] deltas, Tensor coef) -> Tensor[]",
+    "coef_grad": "(Tensor[] grads, Tensor[] deltas, ScalarType dtype) -> Tensor",
+    "bank_compose": (
+        "(Tensor base, Tensor deltas, Tensor coef, Tensor tile_block, Tensor tile_offset) -> Tensor"
+    ),
+    "bank_coef_grad": (
+        "(Tensor grad, Tensor deltas, Tensor tile_block, Tensor tile_offset, Tensor block_tile,"
+        " int num_vectors, ScalarType dtype) -> Tensor"
+    ),
+}
+
+# Kept alive for as long as the module: a Library that is collected takes its operators along.
+_libraries: list[torch.library.Library] = []
+
+
+def namespace(backend: str) -> str:
+    """The operator namespace of a backend."""
+    return f"atlas_kernels_{backend}"
+
+
+def _compose_fake(base: Sequence[Tensor], deltas: Sequence[Tensor], coef: Tensor) -> list[Tensor]:
+    torch._check(coef.dim() == 2 and coef.shape[1] == len(base))
+    torch._check(len(deltas) == coef.shape[0] * len(base))
+    return [torch.empty_like(block, memory_format=torch.contiguous_format) for block in base]
+
+
+def _coef_grad_fake(
+    grads: Sequence[Tensor], deltas: Sequence[Tensor], dtype: torch.dtype
+) -> Tensor:
+    num_vectors = len(deltas) // len(grads)
+    torch._check(len(deltas) == num_vectors * len(grads))
+    return grads[0].new_empty((num_vectors, len(grads)), dtype=dtype)
+
+
+def _bank_compose_fake(
+    base: Tensor, deltas: Tensor, coef: Tensor, tile_block: Tensor, tile_offset: Tensor
+) -> Tensor:
+    torch._check(coef.dim() == 2 and base.dim() == 1 and deltas.dim() == 1)
+    torch._check(deltas.numel() == coef.shape[0] * base.numel())
+    torch._check(tile_offset.numel() == tile_block.numel() + 1)
+    return torch.empty_like(base)
+
+
+def _bank_coef_grad_fake(
+    grad: Tensor,
+    deltas: Tensor,
+    tile_block: Tensor,
+    tile_offset: Tensor,
+    block_tile: Tensor,
+    num_vectors: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    torch._check(deltas.numel() == num_vectors * grad.numel())
+    torch._check(tile_offset.numel() == tile_block.numel() + 1)
+    return grad.new_empty((num_vectors, block_tile.numel() - 1), dtype=dtype)
+
+
+_FAKES = {
+    "compose": _compose_fake,
+    "coef_grad": _coef_grad_fake,
+    "bank_compose": _bank_compose_fake,
+    "bank_coef_grad": _bank_coef_grad_fake,
+}
+
+
+def _define() -> None:
+    for backend in BACKENDS:
+        library = torch.library.Library(namespace(backend), "DEF")
+        _libraries.append(library)
+        for name, schema in SCHEMAS.items():
+            library.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
+            torch.library.register_fake(
+                f"{namespace(backend)}::{name}", _FAKES[name], lib=library, allow_override=False
+            )
+
+
+_define()

@@ -1,0 +1,117 @@
+"""The definition of every operator in plain PyTorch, forward and backward.
+
+All other backends are checked against this one. Arithmetic runs in the dtype of `coef` (float32, or
+float64 as the oracle of tests), in a fixed order, and is rounded once, at the end. The sum over task
+vectors multiplies, rounds, adds, rounds (no fused multiply-add): that is what PyTorch itself does,
+and what every CPU can do alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from .layout import TILE, pieces
+
+
+def compose(base: Sequence[Tensor], deltas: Sequence[Tensor], coef: Tensor) -> list[Tensor]:
+    """base[b] + sum_i coef[i, b] * deltas[i * B + b], for every block b.
+
+    base: B tensors.  deltas: N * B tensors shaped like their base, or with no elements where a task
+    vector has no such block.  coef: (N, B).  Returns B tensors like `base`.
+    """
+    composed = []
+    for b, block in enumerate(base):
+        total = block.to(coef.dtype, copy=True, memory_format=torch.contiguous_format)
+        for i in range(coef.shape[0]):
+            delta = deltas[i * len(base) + b]
+            if delta.numel():
+                total += coef[i, b] * delta.to(coef.dtype)
+        composed.append(total.to(block.dtype))
+    return composed
+
+
+def coef_grad(grads: Sequence[Tensor], deltas: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """<grads[b], deltas[i * B + b]> for every vector i and block b: (N, B) in `dtype`."""
+    num_blocks = len(grads)
+    num_vectors = len(deltas) // num_blocks if num_blocks else 0
+    result = torch.zeros(num_vectors, num_blocks, dtype=dtype, device=_device(grads))
+    for b, grad in enumerate(grads):
+        wide = grad.to(dtype)
+        for i in range(num_vectors):
+            delta = deltas[i * num_blocks + b]
+            if delta.numel():
+                result[i, b] = tree_sum((wide * delta.to(dtype)).flatten())
+    return result
+
+
+def bank_compose(
+    base: Tensor, deltas: Tensor, coef: Tensor, tile_block: Tensor, tile_offset: Tensor
+) -> Tensor:
+    """The same on arenas: base [P], deltas [N * P], tables as in `layout`; returns [P] like `base`."""
+    num_vectors = coef.shape[0]
+    composed = torch.empty_like(base)
+    for b, start, end in _blocks(tile_block, tile_offset):
+        length = end - start
+        rows = deltas[num_vectors * start : num_vectors * end]
+        for target, source, delta in zip(
+            pieces(composed[start:end], length),
+            pieces(base[start:end], length),
+            pieces(rows, length, num_vectors),
+            strict=True,
+        ):
+            total = source[:, 0].to(coef.dtype, copy=True)
+            for i in range(num_vectors):
+                total += coef[i, b] * delta[:, i].to(coef.dtype)
+            target[:, 0] = total.to(base.dtype)
+    return composed
+
+
+def bank_coef_grad(
+    grad: Tensor,
+    deltas: Tensor,
+    tile_block: Tensor,
+    tile_offset: Tensor,
+    block_tile: Tensor,
+    num_vectors: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """<grad, tau_i> over each block of the arenas grad [P], deltas [N * P]: (N, B) in `dtype`."""
+    result = torch.zeros(num_vectors, block_tile.numel() - 1, dtype=dtype, device=grad.device)
+    for b, start, end in _blocks(tile_block, tile_offset):
+        length = end - start
+        rows = deltas[num_vectors * start : num_vectors * end]
+        for wide, delta in zip(
+            pieces(grad[start:end], length), pieces(rows, length, num_vectors), strict=True
+        ):
+            for i in range(num_vectors):
+                product = wide[:, 0].to(dtype) * delta[:, i].to(dtype)
+                result[i, b] += tree_sum(product.flatten())
+    return result
+
+
+def tree_sum(values: Tensor) -> Tensor:
+    """The sum of a flat tensor in an order that depends on its length alone.
+
+    `values.sum()` of a long tensor is split among threads, so its last bits depend on their number;
+    sums of rows of one tile are not.
+    """
+    while values.numel() > 1:
+        values = pad(values, (0, -values.numel() % TILE)).view(-1, TILE).sum(1)
+    return values.sum()
+
+
+def _blocks(tile_block: Tensor, tile_offset: Tensor) -> Iterator[tuple[int, int, int]]:
+    """(block, first element, end) of every block that has elements."""
+    blocks, counts = torch.unique_consecutive(tile_block, return_counts=True)
+    first = 0
+    for b, count in zip(blocks.tolist(), counts.tolist(), strict=True):
+        yield b, int(tile_offset[first]), int(tile_offset[first + count])
+        first += count
+
+
+def _device(tensors: Sequence[Tensor]) -> torch.device:
+    return tensors[0].device if tensors else torch.device("cpu")
