@@ -78,15 +78,16 @@ def compose(
     return result
 
 
-def bank_compose(base: Tensor, deltas: Tensor, coef: Tensor, layout: Layout) -> Tensor:
+def bank_compose(
+    base: Tensor, deltas: Tensor, coef: Tensor, layout: Layout, backend: str = "auto"
+) -> Tensor:
     """The composed arena [P] of arenas ``base`` [P] and ``deltas`` [N * P], laid out by ``layout``.
 
     ``coef`` is (N, B) or (N,) on the same device. Differentiable in ``coef`` and ``base``.
     """
     num_blocks = len(layout.shapes)
-    backend = resolve("auto", base.device.type, False)
     result: Tensor = _BankCompose.apply(
-        backend,
+        resolve(backend, base.device.type, False),
         _per_block(coef, num_blocks).to(torch.float32),
         base,
         deltas,

@@ -1,0 +1,175 @@
+"""Files in and out: state dicts of any origin in, safetensors that describe themselves out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+_PICKLED = (".pt", ".pth", ".bin", ".ckpt")
+_VERSION = 1
+
+
+class FileFormatError(ValueError):
+    """A file is not what it should be; the message says what it is and what was expected."""
+
+
+def read_state_dict(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint on the CPU, by name.
+
+    Reads ``.safetensors`` (memory-mapped) and ``.pt / .pth / .bin / .ckpt`` (``torch.load`` with
+    ``weights_only=True``). A training checkpoint's inner ``state_dict`` is unwrapped, and the
+    ``module.`` prefix of a data-parallel wrapper removed, as open_clip's own loader does.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        FileFormatError: the ending is unknown, the file is damaged, or it is no state dict.
+    """
+    path = _existing(path)
+    if path.suffix == ".safetensors":
+        with _opened(path) as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    if path.suffix not in _PICKLED:
+        raise FileFormatError(
+            f"{path}: unknown ending {path.suffix!r}, expected .safetensors or one of "
+            f"{', '.join(_PICKLED)}"
+        )
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (UnpicklingError, RuntimeError, EOFError) as error:
+        raise FileFormatError(
+            f"{path}: cannot be read as a checkpoint of plain tensors ({_first_line(error)}). Save "
+            "model.state_dict(), not the model itself, in the format of torch.save since 1.6"
+        ) from error
+    if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
+        loaded = loaded["state_dict"]
+    if not isinstance(loaded, dict) or not all(isinstance(v, Tensor) for v in loaded.values()):
+        raise FileFormatError(f"{path}: expected a dictionary of tensors (a state dict)")
+    if loaded and all(name.startswith("module.") for name in loaded):
+        loaded = {name.removeprefix("module."): tensor for name, tensor in loaded.items()}
+    return loaded
+
+
+def write_tensors(
+    path: str | Path, tensors: Mapping[str, Tensor], kind: str = "", **fields: Any
+) -> None:
+    """Writes a safetensors file in one step: a crash leaves the old file, or none.
+
+    ``kind`` and ``fields`` (anything that JSON holds) are what `read_tensors` checks and returns.
+    Tensors may live on any device and share memory; the file holds each in full.
+    """
+    metadata = {
+        "format": f"atlas_kernels.{kind}" if kind else "pt",
+        "version": str(_VERSION),
+        **{key: json.dumps(value) for key, value in fields.items()},
+    }
+    seen: set[int] = set()
+    plain: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        copied = tensor.detach().cpu().contiguous()
+        storage = copied.untyped_storage().data_ptr()
+        plain[name] = copied.clone() if storage in seen else copied
+        seen.add(storage)
+    write_atomically(path, lambda temporary: save_file(plain, temporary, metadata))
+
+
+def read_tensors(
+    path: str | Path, kind: str, mmap: bool = True
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and the fields of a file that `write_tensors` wrote as ``kind``.
+
+    With ``mmap`` the tensors are views of the mapped file: pages are read when they are used.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        FileFormatError: it is damaged, of another kind, or of a newer version.
+    """
+    path = _existing(path)
+    with _opened(path) as file:
+        metadata = file.metadata() or {}
+        found = metadata.get("format", "nothing that names its format")
+        if found != f"atlas_kernels.{kind}":
+            raise FileFormatError(f"{path}: expected a file of atlas_kernels.{kind}, found {found}")
+        if int(metadata["version"]) > _VERSION:
+            raise FileFormatError(
+                f"{path}: written by a newer atlas_kernels (file version {metadata['version']}, "
+                f"this one reads up to {_VERSION}): upgrade atlas_kernels"
+            )
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    if not mmap:
+        tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    fields = {k: json.loads(v) for k, v in metadata.items() if k not in ("format", "version")}
+    return tensors, fields
+
+
+def describe(path: str | Path) -> tuple[str, dict[str, Any], dict[str, tuple[str, list[int]]]]:
+    """A safetensors file's kind, fields and tensors (dtype, shape), without reading any tensor."""
+    path = _existing(path)
+    with _opened(path) as file:
+        metadata = dict(file.metadata() or {})
+        kind = metadata.pop("format", "")
+        metadata.pop("version", None)
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        tensors = {name: (s.get_dtype(), s.get_shape()) for name, s in slices.items()}
+    ours = kind.startswith("atlas_kernels.")
+    fields = {key: json.loads(value) for key, value in metadata.items()} if ours else metadata
+    return kind.removeprefix("atlas_kernels.") if ours else "", fields, tensors
+
+
+def write_atomically(path: str | Path, write: Callable[[str], object]) -> None:
+    """Calls ``write(temporary name)`` beside ``path`` and renames; nothing is left on failure."""
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"cannot write {path}: the folder {path.parent} does not exist")
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    try:
+        write(temporary)
+        # mkstemp makes private files; ours are as readable as any other that the user creates.
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def digest(tensor: Tensor) -> str:
+    """A hexadecimal fingerprint (BLAKE2b, 128 bits) of a tensor's dtype, shape and bytes."""
+    plain = tensor.detach().cpu().contiguous()
+    hasher = hashlib.blake2b(f"{plain.dtype}{tuple(plain.shape)}".encode(), digest_size=16)
+    hasher.update(plain.reshape(-1).view(torch.uint8).numpy().data)
+    return hasher.hexdigest()
+
+
+def _existing(path: str | Path) -> Path:
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    return path
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt", device="cpu")
+    except (SafetensorError, OSError) as error:
+        raise FileFormatError(
+            f"{path}: not a readable safetensors file ({_first_line(error)})"
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,217 @@
+"""ComposedModel: any module with weights composed from a bank."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from .bank import TaskVectorBank
+from .checkpoints import read_tensors, write_tensors
+
+_KIND = "coefficients"
+Granularity = Literal["task", "block"]
+
+
+class ComposedModel(nn.Module):
+    """A module whose weights are ``base[block] + sum_i coef[i, block] * delta_i[block]``.
+
+    ``coef`` is the only parameter that learns. It is zero at the start, so the model starts as the
+    base, bit for bit. The module is used in place: its own parameters stop requiring gradients, and
+    those that the bank composes are replaced in every forward pass, tied ones included. Buffers
+    (BatchNorm statistics) stay the module's own.
+
+    Without gradients the composition is done once, until ``coef`` changes; with gradients once per
+    forward pass, or once for several of them inside `composed_once`. Changes to ``coef.data`` go
+    unnoticed: assign with ``coef.copy_`` under ``torch.no_grad()``.
+
+    Args:
+        module: any module whose parameters include the bank's blocks, on the bank's device.
+        bank: what to compose.
+        granularity: "block" for coefficients (N, B), "task" for (N,).
+
+    Raises:
+        ValueError: the module lacks a block of the bank, or has it in another shape, dtype or place.
+
+    Example:
+        >>> import torch, atlas_kernels as ak
+        >>> module = torch.nn.Linear(2, 1)
+        >>> tuned = {name: p + 1 for name, p in module.state_dict().items()}
+        >>> vector = ak.TaskVector.from_state_dicts(module.state_dict(), tuned, name="plus-one")
+        >>> model = ak.ComposedModel(module, ak.TaskVectorBank.from_task_vectors(module, [vector]))
+        >>> model(torch.ones(1, 2)).sum().backward()
+        >>> model.coef.grad.shape, model.coef.grad.sum().item()
+        (torch.Size([1, 2]), 3.0)
+    """
+
+    def __init__(
+        self, module: nn.Module, bank: TaskVectorBank, *, granularity: Granularity = "block"
+    ) -> None:
+        super().__init__()
+        if granularity not in ("task", "block"):
+            raise ValueError(f"unknown granularity {granularity!r}: expected 'task' or 'block'")
+        _check_fit(module, bank)
+        self.module = module.requires_grad_(False)
+        self.bank = bank
+        self.granularity = granularity
+        count = len(bank.names)
+        shape = (count,) if granularity == "task" else (count, len(bank.blocks))
+        self.coef = nn.Parameter(torch.zeros(shape, device=bank.device))
+        self._cache: tuple[object, dict[str, Tensor]] | None = None
+        self._hold = False
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's forward pass with the composed weights."""
+        return functional_call(self.module, self.weights(), args, kwargs)
+
+    def weights(self) -> dict[str, Tensor]:
+        """The composed blocks by name, composed anew only if need be."""
+        records = torch.is_grad_enabled() and self.coef.requires_grad
+        state = (id(self.coef), self.coef._version, records, torch.is_inference_mode_enabled())
+        if self._cache is not None and self._cache[0] == state:
+            return self._cache[1]
+        # Dropped first, so that two composed models are never alive at once.
+        self._cache = None
+        composed = self.bank.compose(self.coef)
+        if self._hold or not records:
+            self._cache = (state, composed)
+        return composed
+
+    @contextmanager
+    def composed_once(self) -> Iterator[None]:
+        """Inside, all forward passes share one composition, gradients included."""
+        self._hold, self._cache = True, None
+        try:
+            yield
+        finally:
+            self._hold, self._cache = False, None
+
+    def merge(self) -> nn.Module:
+        """A copy of the module with the composed weights: nothing of the bank stays with it."""
+        merged = copy.deepcopy(self.module)
+        parameters = dict(merged.named_parameters(remove_duplicate=False))
+        with torch.no_grad():
+            for block, value in self.weights().items():
+                parameters[block].copy_(value)
+        return merged
+
+    def save_coefficients(self, path: str | Path) -> None:
+        """Writes ``coef`` with the names of its vectors and blocks (safetensors)."""
+        write_coefficients(path, self.coef, self.bank)
+
+    def load_coefficients(self, path: str | Path) -> None:
+        """Reads what `save_coefficients` wrote, matched by name.
+
+        Raises:
+            FileNotFoundError, FileFormatError: there is no such file, or it holds no coefficients.
+            ValueError: they belong to another bank or granularity; nothing is changed.
+        """
+        coef = read_coefficients(path, self.bank)
+        if coef.shape != self.coef.shape:
+            raise ValueError(
+                f"{path} holds coefficients of shape {tuple(coef.shape)}, but this model with "
+                f"granularity={self.granularity!r} has {tuple(self.coef.shape)}"
+            )
+        with torch.no_grad():
+            self.coef.copy_(coef)
+
+    def extra_repr(self) -> str:
+        """Shown by print(model)."""
+        return f"bank={self.bank!r}, granularity={self.granularity!r}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ComposedModel:
+        super()._apply(fn, recurse)
+        self.bank = self.bank.to(self.coef.device)
+        self._cache = None
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_cache": None}
+
+
+def write_coefficients(path: str | Path, coef: Tensor, bank: TaskVectorBank) -> None:
+    """Writes coefficients (N, B) or (N,) of a bank, by name (safetensors)."""
+    write_tensors(
+        path,
+        {"coef": coef},
+        _KIND,
+        names=bank.names,
+        blocks=bank.blocks,
+        base=_fingerprint(bank),
+    )
+
+
+def read_coefficients(path: str | Path, bank: TaskVectorBank) -> Tensor:
+    """Coefficients in the bank's order of vectors and blocks, on its device.
+
+    Raises:
+        FileNotFoundError, FileFormatError: there is no such file, or it holds no coefficients.
+        ValueError: they were learned on another base, or on other task vectors or blocks.
+    """
+    tensors, fields = read_tensors(path, _KIND, mmap=False)
+    for what, theirs, ours in (
+        ("task vectors", fields["names"], bank.names),
+        ("blocks", fields["blocks"], bank.blocks),
+    ):
+        lacking = [name for name in theirs if name not in ours]
+        extra = [name for name in ours if name not in theirs]
+        if lacking or extra:
+            raise ValueError(
+                f"{path} belongs to another bank, its {what} differ: "
+                f"not in this bank: {_some(lacking)}; only in this bank: {_some(extra)}"
+            )
+    if fields["base"] != _fingerprint(bank):
+        raise ValueError(
+            f"{path} belongs to another bank: its coefficients were learned on another base model"
+        )
+    coef = tensors["coef"][[fields["names"].index(name) for name in bank.names]]
+    if coef.dim() == 2:
+        coef = coef[:, [fields["blocks"].index(block) for block in bank.blocks]]
+    return coef.to(bank.device)
+
+
+def _fingerprint(bank: TaskVectorBank) -> str:
+    pairs = sorted(zip(bank.blocks, bank.base_digests, strict=True))
+    return hashlib.blake2b(repr(pairs).encode(), digest_size=16).hexdigest()
+
+
+def _some(names: list[str]) -> str:
+    listed = ", ".join(names[:5]) or "none"
+    return f"{listed} and {len(names) - 5} more" if len(names) > 5 else listed
+
+
+def _check_fit(module: nn.Module, bank: TaskVectorBank) -> None:
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    owners: dict[int, str] = {}
+    for block, base in bank.base.items():
+        if block not in parameters:
+            raise ValueError(
+                f"the module has no parameter {block!r}, which the bank composes: was the bank "
+                f"made from another architecture? The module's parameters begin with "
+                f"{_some(list(parameters)[:3])}"
+            )
+        parameter = parameters[block]
+        for what, came, expected in (
+            ("shape", tuple(parameter.shape), tuple(base.shape)),
+            ("dtype", parameter.dtype, base.dtype),
+            ("device", parameter.device, base.device),
+        ):
+            if came != expected:
+                raise ValueError(
+                    f"the module's parameter {block!r} has {what} {came}, but the bank's base has "
+                    f"{expected}"
+                )
+        if id(parameter) in owners:
+            raise ValueError(
+                f"{owners[id(parameter)]!r} and {block!r} are one tied parameter in the module, "
+                "but two blocks of the bank: pack the bank from the module itself, or with "
+                f"exclude={block!r}"
+            )
+        owners[id(parameter)] = block

@@ -1,0 +1,296 @@
+"""The trainer that every method uses: an objective in, the best coefficients out."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ..checkpoints import read_tensors, write_tensors
+from ..composed import ComposedModel
+
+_KIND = "training"
+
+# The published scripts clip the joint gradient norm to 1 while gradients still carry the loss scale
+# of 2^16, so that almost every gradient is normalised (atlas.md 1.3).
+_LOSS_SCALE = {"clean": 1.0, "official": 65536.0}
+
+Objective = Callable[[nn.Module, Any], Tensor]
+
+
+class Batches(Protocol):
+    """Training data: a fixed number of batches per epoch, each epoch a function of its index."""
+
+    def __len__(self) -> int:
+        """Batches per epoch."""
+
+    def epoch(self, index: int) -> Iterable[Any]:
+        """The batches of one epoch, the same on every call with the same index."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How parameters learn: AdamW (betas 0.9, 0.999; eps 1e-8), decoupled weight decay.
+
+    Attributes:
+        epochs: passes over the batches.
+        lr: learning rate at the start.
+        weight_decay: pulls coefficients to 0, that is to the base.
+        schedule: "cosine", ``lr/2 * (1 + cos(pi * t / T))`` at step t of T, or "constant".
+        preset: the gradient handed to AdamW, with the joint norm ``|g|`` over all parameters:
+            "clean" is ``g * min(1, 1 / |g|)``; "official" is ``g * min(1, 1 / (2^16 * |g|))``, the
+            dynamics of the published runs.
+        seed: of everything random inside the model (dropout). Batches have their own.
+
+    Source: aTLAS (arXiv 2407.02880), appendix B to D.
+    """
+
+    epochs: int = 10
+    lr: float = 0.1
+    weight_decay: float = 0.1
+    schedule: Literal["cosine", "constant"] = "cosine"
+    preset: Literal["clean", "official"] = "clean"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.epochs < 0 or self.lr <= 0 or self.weight_decay < 0:
+            raise ValueError(f"epochs and weight_decay must be >= 0 and lr > 0, got {self}")
+        if self.schedule not in ("cosine", "constant"):
+            raise ValueError(f"unknown schedule {self.schedule!r}: expected 'cosine' or 'constant'")
+        if self.preset not in _LOSS_SCALE:
+            raise ValueError(f"unknown preset {self.preset!r}: expected 'clean' or 'official'")
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What `learn` found.
+
+    Attributes:
+        parameters: the best parameters by name, as the model holds them after `learn`.
+        epoch: the epoch they come from, counted from 1; 0 if no epoch beat the start.
+        score: their validation score.
+        history: one record per epoch, the start first: {"loss": mean, "score", "seconds"}.
+    """
+
+    parameters: dict[str, Tensor]
+    epoch: int
+    score: float
+    history: list[dict[str, float]]
+
+    @property
+    def improved(self) -> bool:
+        """Whether any epoch beat the start."""
+        return self.epoch > 0
+
+
+def learn(
+    model: nn.Module,
+    objective: Objective,
+    batches: Batches,
+    recipe: Recipe,
+    *,
+    evaluate: Callable[[nn.Module], float],
+    resume: str | Path | None = None,
+    progress: bool = True,
+    description: str = "learning",
+) -> Learned:
+    """Trains every parameter of ``model`` that requires gradients; keeps the best epoch.
+
+    One step is ``objective(model, batch).backward()`` and an AdamW step. Each `ComposedModel` in
+    ``model`` composes once per step, however often the objective calls it, and once per evaluation.
+    The start is scored first and an epoch must beat it, so the result is never worse than the start
+    on ``evaluate``; ties keep the earlier epoch.
+
+    Args:
+        model: holds the best parameters afterwards; in eval mode.
+        objective: (model, batch) to a scalar loss.
+        batches: the training data.
+        recipe: learning rate, epochs and so on.
+        evaluate: the validation score of the model, higher is better.
+        resume: a file that is written after every epoch; if it exists, its run goes on, and ends
+            with the same bits as one that was never interrupted.
+        progress: shows a progress bar on standard error.
+        description: the bar's text.
+
+    Raises:
+        ValueError: nothing in ``model`` requires gradients, or ``resume`` is another run's file.
+        FloatingPointError: a loss is not finite.
+    """
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not parameters:
+        raise ValueError("nothing to learn: no parameter of the model requires gradients")
+    optimizer = torch.optim.AdamW(
+        parameters.values(), lr=recipe.lr, weight_decay=recipe.weight_decay
+    )
+    run = _Run(parameters, optimizer, recipe, Path(resume) if resume else None)
+    if not run.load():
+        run.record({"loss": math.nan, "score": _score(model, evaluate), "seconds": 0.0})
+    steps = len(batches)
+    with tqdm(
+        total=recipe.epochs * steps,
+        initial=run.epoch * steps,
+        desc=description,
+        disable=not progress,
+        leave=False,
+    ) as bar:
+        while run.epoch < recipe.epochs:
+            started = time.perf_counter()
+            loss = _train_epoch(model, objective, batches, optimizer, recipe, run.epoch, bar)
+            score = _score(model, evaluate)
+            seconds = time.perf_counter() - started
+            run.record({"loss": loss, "score": score, "seconds": seconds})
+            run.save()
+            bar.set_postfix(loss=f"{loss:.3f}", best=f"{run.best_score:.3f}")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(run.best[name])
+    model.eval()
+    return Learned(run.best, run.best_epoch, run.best_score, run.history)
+
+
+def cosine(step: int, steps: int) -> float:
+    """``(1 + cos(pi * step / steps)) / 2``: the factor of the learning rate at a step."""
+    return 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def scale_gradients(parameters: Iterable[Tensor], loss_scale: float) -> None:
+    """``g * min(1, 1 / (loss_scale * |g|))`` in place, ``|g|`` the joint norm of all gradients."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients]))
+    # A zero norm divides to infinity, and the minimum is 1.
+    factor = (1 / (loss_scale * norm)).clamp(max=1)
+    torch._foreach_mul_(gradients, factor)
+
+
+def _train_epoch(
+    model: nn.Module,
+    objective: Objective,
+    batches: Batches,
+    optimizer: torch.optim.Optimizer,
+    recipe: Recipe,
+    epoch: int,
+    bar: Any,
+) -> float:
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    composed = [module for module in model.modules() if isinstance(module, ComposedModel)]
+    steps = len(batches)
+    total = 0.0
+    model.train()
+    # Seeded by epoch: a resumed run repeats. Forked: the caller's random state does not move.
+    with torch.random.fork_rng():
+        torch.manual_seed(recipe.seed * 1_000_003 + epoch)
+        for step, batch in enumerate(batches.epoch(epoch), epoch * steps):
+            if recipe.schedule == "cosine":
+                for group in optimizer.param_groups:
+                    group["lr"] = recipe.lr * cosine(step, recipe.epochs * steps)
+            optimizer.zero_grad(set_to_none=True)
+            with ExitStack() as stack:
+                for module in composed:
+                    stack.enter_context(module.composed_once())
+                loss = objective(model, batch)
+                value = loss.item()
+                if not math.isfinite(value):
+                    raise FloatingPointError(
+                        f"the loss is {value} at step {step + 1} of epoch {epoch + 1}: lower lr "
+                        f"(now {recipe.lr}), or check the images and labels of that batch"
+                    )
+                loss.backward()  # type: ignore[no-untyped-call]
+            scale_gradients(parameters, _LOSS_SCALE[recipe.preset])
+            optimizer.step()
+            total += value
+            bar.update()
+    return total / max(steps, 1)
+
+
+def _score(model: nn.Module, evaluate: Callable[[nn.Module], float]) -> float:
+    model.eval()
+    with torch.no_grad():
+        return float(evaluate(model))
+
+
+class _Run:
+    """The state of a run between epochs, in memory and on disk."""
+
+    def __init__(
+        self,
+        parameters: dict[str, nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        recipe: Recipe,
+        path: Path | None,
+    ) -> None:
+        self.parameters = parameters
+        self.optimizer = optimizer
+        self.recipe = recipe
+        self.path = path
+        self.history: list[dict[str, float]] = []
+        self.best: dict[str, Tensor] = {}
+        self.best_epoch = 0
+        self.best_score = -math.inf
+
+    @property
+    def epoch(self) -> int:
+        """Epochs done."""
+        return len(self.history) - 1
+
+    def record(self, entry: dict[str, float]) -> None:
+        """Adds an epoch (or the start) and keeps its parameters if they are the best."""
+        self.history.append(entry)
+        if entry["score"] > self.best_score or not self.best:
+            self.best = {name: p.detach().clone() for name, p in self.parameters.items()}
+            self.best_epoch, self.best_score = self.epoch, entry["score"]
+
+    def save(self) -> None:
+        """Writes the state, if the run has a file."""
+        if self.path is None:
+            return
+        tensors = {f"best.{name}": tensor for name, tensor in self.best.items()}
+        for name, parameter in self.parameters.items():
+            tensors[f"current.{name}"] = parameter
+            for key, value in self.optimizer.state[parameter].items():
+                tensors[f"optimizer.{key}.{name}"] = value
+        write_tensors(
+            self.path,
+            tensors,
+            _KIND,
+            recipe=asdict(self.recipe),
+            history=self.history,
+            best_epoch=self.best_epoch,
+        )
+
+    def load(self) -> bool:
+        """Goes on from the run's file; False if there is none."""
+        if self.path is None or not self.path.is_file():
+            return False
+        tensors, fields = read_tensors(self.path, _KIND, mmap=False)
+        shapes = {name: parameter.shape for name, parameter in self.parameters.items()}
+        found = {
+            name.removeprefix("current."): tensor.shape
+            for name, tensor in tensors.items()
+            if name.startswith("current.")
+        }
+        if fields["recipe"] != asdict(self.recipe) or found != shapes:
+            raise ValueError(
+                f"{self.path} is the state of another run (its recipe or parameters differ): "
+                "repeat the call that began it, or delete the file to start anew"
+            )
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(tensors[f"current.{name}"])
+                self.best[name] = tensors[f"best.{name}"].to(parameter.device)
+                state = self.optimizer.state[parameter]
+                for key in ("step", "exp_avg", "exp_avg_sq"):
+                    value = tensors[f"optimizer.{key}.{name}"]
+                    # AdamW keeps its step count on the host.
+                    state[key] = value if key == "step" else value.to(parameter.device)
+        self.history = fields["history"]
+        self.best_epoch = fields["best_epoch"]
+        self.best_score = self.history[self.best_epoch]["score"]
+        return True
