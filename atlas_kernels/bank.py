@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .checkpoints import FileFormatError, digest, read_tensors, write_tensors
+from .checkpoints import FileFormatError, digest, parts_of, read_tensors, write_tensors
 from .codecs import storage_dtype
 from .compose import STORAGE_DTYPES, bank_compose, check_coef
 from .layout import Layout, pieces
@@ -25,12 +25,14 @@ class Segment:
     """The blocks of one base dtype: one arena for the base, one for the deltas.
 
     Attributes (B' blocks, P elements with padding):
-        columns: int64 [B'], the blocks' places in the bank's order, on the device.
+        columns: the blocks' places in the bank's order.
+        index: the same as int64 [B'] on the device, so that no call waits for it.
         base: [P].
         deltas: [N * P] in the codec's dtype, interleaved as `layout` says.
     """
 
-    columns: Tensor
+    columns: tuple[int, ...]
+    index: Tensor
     layout: Layout
     base: Tensor
     deltas: Tensor
@@ -38,7 +40,8 @@ class Segment:
     def to(self, device: torch.device | str) -> Segment:
         """The same segment on another device."""
         return Segment(
-            self.columns.to(device),
+            self.columns,
+            self.index.to(device),
             self.layout.to(device),
             self.base.to(device),
             self.deltas.to(device),
@@ -94,7 +97,7 @@ class TaskVectorBank:
         self.aliases = dict(aliases)
         shapes: list[tuple[int, ...]] = [()] * len(self.blocks)
         for segment in self.segments:
-            for column, shape in zip(segment.columns.tolist(), segment.layout.shapes, strict=True):
+            for column, shape in zip(segment.columns, segment.layout.shapes, strict=True):
                 shapes[column] = shape
         self.shapes = tuple(shapes)
 
@@ -114,13 +117,15 @@ class TaskVectorBank:
             base: the pre-trained state dict or module.
             vectors: by name, or a sequence of vectors that carry their names.
             codec: "fp32", "bf16" or "fp16".
-            include, exclude: shell-style patterns of block names to compose or to keep as in the
-                base, for example ``include="visual.*"``.
+            include: shell-style patterns of the blocks to compose, for example ``"visual.*"``; all
+                by default.
+            exclude: patterns of blocks to keep as in the base.
 
         Raises:
             ValueError: an unknown codec, names that are not unique, a vector with a block that the
-                base lacks or shapes differently, one that was made from another base, or a base
-                spread over several devices.
+                base lacks or shapes differently, that changes tied parameters apart or is not
+                finite in the codec's dtype, one that was made from another base, or a base spread
+                over several devices.
             TypeError: a block of the base is neither float32, bfloat16 nor float16.
         """
         dtype = storage_dtype(codec)
@@ -129,7 +134,7 @@ class TaskVectorBank:
         digests = {name: digest(parameter) for name, parameter in parameters.items()}
         for name, vector in named.items():
             _check_vector(name, vector, parameters, digests, aliases)
-        blocks = []
+        blocks: list[str] = []
         for block, parameter in parameters.items():
             chosen = _chosen(block, include, exclude)
             if chosen and any(_changes(vector, block) for vector in named.values()):
@@ -142,7 +147,7 @@ class TaskVectorBank:
             columns = [j for j, block in enumerate(blocks) if parameters[block].dtype == base_dtype]
             if columns:
                 members = {blocks[j]: parameters[blocks[j]] for j in columns}
-                segments.append(_pack(columns, members, list(named.values()), dtype))
+                segments.append(_pack(columns, members, named, dtype))
         return cls(
             names=tuple(named),
             blocks=blocks,
@@ -175,7 +180,7 @@ class TaskVectorBank:
         found: dict[str, Tensor] = {}
         for segment in self.segments:
             views = segment.layout.split(segment.base)
-            found |= zip((self.blocks[j] for j in segment.columns.tolist()), views, strict=True)
+            found |= zip((self.blocks[j] for j in segment.columns), views, strict=True)
         return {block: found[block] for block in self.blocks}
 
     def compose(self, coef: Tensor, *, backend: str = "auto") -> dict[str, Tensor]:
@@ -195,12 +200,14 @@ class TaskVectorBank:
             BackendUnavailableError: the backend asked for cannot run here.
         """
         check_coef(coef, len(self.names), len(self.blocks), self.device)
+        # Here, so that a gradient from several segments is summed before it is rounded.
+        coef = coef.to(torch.float32)
         composed: dict[str, Tensor] = {}
         for segment in self.segments:
             whole = coef.dim() == 1 or len(self.segments) == 1
-            part = coef if whole else coef.index_select(1, segment.columns)
+            part = coef if whole else coef.index_select(1, segment.index)
             flat = bank_compose(segment.base, segment.deltas, part, segment.layout, backend)
-            members = (self.blocks[j] for j in segment.columns.tolist())
+            members = (self.blocks[j] for j in segment.columns)
             composed |= zip(members, segment.layout.split(flat), strict=True)
         return composed if len(self.segments) == 1 else {b: composed[b] for b in self.blocks}
 
@@ -211,7 +218,9 @@ class TaskVectorBank:
         return {
             **self.constants,
             **composed,
-            **{alias: composed[block] for alias, block in self.aliases.items() if block in composed},
+            **{
+                alias: composed[block] for alias, block in self.aliases.items() if block in composed
+            },
         }
 
     def to(self, device: torch.device | str) -> TaskVectorBank:
@@ -242,7 +251,7 @@ class TaskVectorBank:
             blocks=self.blocks,
             shapes=self.shapes,
             codec=self.codec,
-            segments=[segment.columns.tolist() for segment in self.segments],
+            segments=[segment.columns for segment in self.segments],
             base_digests=self.base_digests,
             constants=list(self.constants),
             aliases=self.aliases,
@@ -257,30 +266,33 @@ class TaskVectorBank:
                 do not fit together.
         """
         tensors, fields = read_tensors(path, _KIND, mmap)
-        shapes, names = fields["shapes"], fields["names"]
-        dtype = storage_dtype(fields["codec"])
-        segments = []
-        for index, columns in enumerate(fields["segments"]):
-            layout = Layout.from_shapes([shapes[j] for j in columns])
-            base, deltas = tensors[f"base.{index}"], tensors[f"deltas.{index}"]
-            if (base.numel(), deltas.numel()) != (layout.numel, len(names) * layout.numel) or (
-                deltas.dtype != dtype
-            ):
-                raise FileFormatError(
-                    f"{path}: segment {index} holds {base.numel()} and {deltas.numel()} elements "
-                    f"of {deltas.dtype}, expected {layout.numel} and {len(names) * layout.numel} "
-                    f"of {dtype} for {len(names)} task vectors"
+        with parts_of(path):
+            shapes, names = fields["shapes"], fields["names"]
+            dtype = storage_dtype(fields["codec"])
+            segments = []
+            for index, columns in enumerate(fields["segments"]):
+                layout = Layout.from_shapes([shapes[j] for j in columns])
+                base, deltas = tensors[f"base.{index}"], tensors[f"deltas.{index}"]
+                if (base.numel(), deltas.numel()) != (layout.numel, len(names) * layout.numel) or (
+                    deltas.dtype != dtype
+                ):
+                    raise FileFormatError(
+                        f"{path}: segment {index} holds {base.numel()} and {deltas.numel()} "
+                        f"elements of {deltas.dtype}, expected {layout.numel} and "
+                        f"{len(names) * layout.numel} of {dtype} for {len(names)} task vectors"
+                    )
+                segments.append(
+                    Segment(tuple(columns), torch.tensor(columns), layout, base, deltas)
                 )
-            segments.append(Segment(torch.tensor(columns), layout, base, deltas))
-        return cls(
-            names=names,
-            blocks=fields["blocks"],
-            codec=fields["codec"],
-            segments=segments,
-            base_digests=fields["base_digests"],
-            constants={name: tensors[f"constant.{name}"] for name in fields["constants"]},
-            aliases=fields["aliases"],
-        )
+            return cls(
+                names=names,
+                blocks=fields["blocks"],
+                codec=fields["codec"],
+                segments=segments,
+                base_digests=fields["base_digests"],
+                constants={name: tensors[f"constant.{name}"] for name in fields["constants"]},
+                aliases=fields["aliases"],
+            )
 
 
 def _split_base(
@@ -333,11 +345,17 @@ def _check_vector(
 ) -> None:
     for block, delta in vector.deltas.items():
         if block in aliases:
+            owner = vector.deltas.get(aliases[block])
+            if owner is None or not torch.equal(owner, delta):
+                raise ValueError(
+                    f"task vector {name!r} changes {block!r} and {aliases[block]!r} apart, but in "
+                    "the base they are one tied parameter: give the base copies of its own for both"
+                )
             continue
         if block not in parameters:
             raise ValueError(
-                f"task vector {name!r} has the block {block!r}, but the base has no such parameter: "
-                "was it made from another architecture?"
+                f"task vector {name!r} has the block {block!r}, but the base has no such "
+                "parameter: was it made from another architecture?"
             )
         if delta.shape != parameters[block].shape:
             raise ValueError(
@@ -382,7 +400,7 @@ def _changes(vector: TaskVector, block: str) -> bool:
 def _pack(
     columns: list[int],
     members: Mapping[str, Tensor],
-    vectors: Sequence[TaskVector],
+    vectors: Mapping[str, TaskVector],
     dtype: torch.dtype,
 ) -> Segment:
     layout = Layout.from_shapes([tensor.shape for tensor in members.values()])
@@ -397,10 +415,16 @@ def _pack(
         base[start : start + length] = tensor.flatten()
         targets = pieces(deltas[count * start : count * end], end - start, count)
         row = torch.zeros(end - start, dtype=dtype, device=first.device)
-        for i, vector in enumerate(vectors):
+        for i, (name, vector) in enumerate(vectors.items()):
             if block in vector.deltas:
                 row[:length] = vector.deltas[block].to(first.device).flatten().to(dtype)
+                # A zero coefficient would not silence it: 0 * inf is NaN.
+                if not bool(torch.isfinite(row).all()):
+                    raise ValueError(
+                        f"task vector {name!r}, block {block!r} is not finite when stored in "
+                        f"{dtype}"
+                    )
                 for target, source in zip(targets, pieces(row, end - start), strict=True):
                     target[:, i] = source[:, 0]
-    columns_on_device = torch.tensor(columns, device=first.device)
-    return Segment(columns_on_device, layout.to(first.device), base, deltas)
+    index = torch.tensor(columns, device=first.device)
+    return Segment(tuple(columns), index, layout.to(first.device), base, deltas)

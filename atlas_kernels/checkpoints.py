@@ -6,9 +6,9 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -46,7 +46,9 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         )
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (UnpicklingError, RuntimeError, EOFError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # whatever a damaged pickle makes the unpickler stumble over
         raise FileFormatError(
             f"{path}: cannot be read as a checkpoint of plain tensors ({_first_line(error)}). Save "
             "model.state_dict(), not the model itself, in the format of torch.save since 1.6"
@@ -80,7 +82,10 @@ def write_tensors(
         storage = copied.untyped_storage().data_ptr()
         plain[name] = copied.clone() if storage in seen else copied
         seen.add(storage)
-    write_atomically(path, lambda temporary: save_file(plain, temporary, metadata))
+    try:
+        write_atomically(path, lambda temporary: save_file(plain, temporary, metadata))
+    except SafetensorError as error:  # its only reason here: the disk, which it reports in words
+        raise OSError(f"cannot write {path}: {_first_line(error)}") from error
 
 
 def read_tensors(
@@ -100,16 +105,33 @@ def read_tensors(
         found = metadata.get("format", "nothing that names its format")
         if found != f"atlas_kernels.{kind}":
             raise FileFormatError(f"{path}: expected a file of atlas_kernels.{kind}, found {found}")
-        if int(metadata["version"]) > _VERSION:
+        with parts_of(path):
+            version = int(metadata["version"])
+        if version > _VERSION:
             raise FileFormatError(
-                f"{path}: written by a newer atlas_kernels (file version {metadata['version']}, "
+                f"{path}: written by a newer atlas_kernels (file version {version}, "
                 f"this one reads up to {_VERSION}): upgrade atlas_kernels"
             )
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     if not mmap:
         tensors = {name: tensor.clone() for name, tensor in tensors.items()}
-    fields = {k: json.loads(v) for k, v in metadata.items() if k not in ("format", "version")}
+    with parts_of(path):
+        fields = {k: json.loads(v) for k, v in metadata.items() if k not in ("format", "version")}
     return tensors, fields
+
+
+@contextmanager
+def parts_of(path: str | Path) -> Iterator[None]:
+    """Inside, a part that a file should have and has not, or not as it should be, is its damage."""
+    try:
+        yield
+    except FileFormatError:
+        raise
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        raise FileFormatError(
+            f"{path}: the file is damaged, or was not written by atlas_kernels "
+            f"({type(error).__name__}: {_first_line(error)})"
+        ) from error
 
 
 def describe(path: str | Path) -> tuple[str, dict[str, Any], dict[str, tuple[str, list[int]]]]:
@@ -151,7 +173,9 @@ def digest(tensor: Tensor) -> str:
     """A hexadecimal fingerprint (BLAKE2b, 128 bits) of a tensor's dtype, shape and bytes."""
     plain = tensor.detach().cpu().contiguous()
     hasher = hashlib.blake2b(f"{plain.dtype}{tuple(plain.shape)}".encode(), digest_size=16)
-    hasher.update(plain.reshape(-1).view(torch.uint8).numpy().data)
+    # One element or none is contiguous with any stride, but only stride 1 can be viewed as bytes.
+    flat = plain.as_strided((plain.numel(),), (1,))
+    hasher.update(flat.view(torch.uint8).numpy().data)
     return hasher.hexdigest()
 
 

@@ -73,7 +73,7 @@ def compose(
     absent = base[0].new_empty(0)
     flat = [absent if delta is None else delta for vector in deltas for delta in vector]
     result: tuple[Tensor, ...] = _Compose.apply(
-        chosen, len(base), _per_block(coef, len(base)).to(accumulate), *base, *flat
+        chosen, len(base), _per_block(coef.to(accumulate), len(base)), *base, *flat
     )
     return result
 
@@ -88,7 +88,7 @@ def bank_compose(
     num_blocks = len(layout.shapes)
     result: Tensor = _BankCompose.apply(
         resolve(backend, base.device.type, False),
-        _per_block(coef, num_blocks).to(torch.float32),
+        _per_block(coef.to(torch.float32), num_blocks),
         base,
         deltas,
         layout.tile_block,
@@ -98,7 +98,9 @@ def bank_compose(
     return result
 
 
-def check_coef(coef: Tensor, num_vectors: int, num_blocks: int, device: torch.device) -> None:
+def check_coef(
+    coef: Tensor, num_vectors: int, num_blocks: int, device: torch.device | None
+) -> None:
     """Raises unless ``coef`` is floating point, (N, B) or (N,), on ``device``."""
     if not isinstance(coef, Tensor):
         raise TypeError(f"coef must be a tensor, got {type(coef).__name__}")
@@ -114,9 +116,7 @@ def check_coef(coef: Tensor, num_vectors: int, num_blocks: int, device: torch.de
         raise ValueError(f"coef is on {coef.device}, but base is on {device}: move it with coef.to")
 
 
-def check(
-    base: tuple[Tensor, ...], deltas: tuple[tuple[Tensor | None, ...], ...], coef: Tensor
-) -> None:
+def check(base: Sequence[Tensor], deltas: Sequence[Sequence[Tensor | None]], coef: Tensor) -> None:
     """Raises one TypeError or ValueError that names the first argument that does not fit."""
     for b, block in enumerate(base):
         where = f"base block {b}"
@@ -148,7 +148,7 @@ def check(
                 )
     # Without blocks nothing says where coef should be.
     device = base[0].device if base else coef.device if isinstance(coef, Tensor) else None
-    check_coef(coef, len(deltas), len(base), device)  # type: ignore[arg-type]
+    check_coef(coef, len(deltas), len(base), device)
 
 
 def _check_tensor(where: str, tensor: object) -> None:
@@ -161,7 +161,7 @@ def _check_tensor(where: str, tensor: object) -> None:
 
 
 def _accumulation_dtype(
-    base: tuple[Tensor, ...], deltas: tuple[tuple[Tensor | None, ...], ...], coef: Tensor
+    base: Sequence[Tensor], deltas: Sequence[Sequence[Tensor | None]], coef: Tensor
 ) -> torch.dtype:
     tensors = (*base, *(delta for vector in deltas for delta in vector if delta is not None))
     double = any(tensor.dtype == torch.float64 for tensor in tensors)
@@ -169,6 +169,7 @@ def _accumulation_dtype(
 
 
 def _per_block(coef: Tensor, num_blocks: int) -> Tensor:
+    # After the conversion, so that the gradient is summed over blocks before it is rounded.
     return coef if coef.dim() == 2 else coef.unsqueeze(1).expand(-1, num_blocks)
 
 

@@ -38,7 +38,8 @@ class ComposedModel(nn.Module):
         granularity: "block" for coefficients (N, B), "task" for (N,).
 
     Raises:
-        ValueError: the module lacks a block of the bank, or has it in another shape, dtype or place.
+        ValueError: the module lacks a block of the bank, or has it in another shape, dtype or
+            place.
 
     Example:
         >>> import torch, atlas_kernels as ak

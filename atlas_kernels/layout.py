@@ -1,4 +1,4 @@
-"""Where every element of a bank lies: blocks padded to 16 elements, cut into tiles, tiles interleaved.
+"""Where every element of a bank lies: blocks padded to 16 elements, cut into interleaved tiles.
 
 A bank with N task vectors over B blocks keeps its base in one flat arena of P elements and its
 deltas in one flat arena of N * P elements:
@@ -41,7 +41,7 @@ class Layout:
 
     Attributes (P elements in T tiles):
         shapes: the B block shapes.
-        offsets: B + 1 element offsets; block b is [offsets[b], offsets[b] + numel(b)), then padding.
+        offsets: B + 1 element offsets; block b is [offsets[b], offsets[b] + numel(b)), and padding.
         tile_block: int32 [T], the block that a tile belongs to.
         tile_offset: int64 [T + 1], the first element of a tile.
         block_tile: int32 [B + 1], the first tile of a block.

@@ -9,7 +9,8 @@ A delta with no elements stands for "this task vector has no such block".
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,7 +75,7 @@ def _bank_coef_grad_fake(
     return grad.new_empty((num_vectors, block_tile.numel() - 1), dtype=dtype)
 
 
-_FAKES = {
+_FAKES: dict[str, Callable[..., Any]] = {
     "compose": _compose_fake,
     "coef_grad": _coef_grad_fake,
     "bank_compose": _bank_compose_fake,

@@ -1,9 +1,9 @@
 """The definition of every operator in plain PyTorch, forward and backward.
 
 All other backends are checked against this one. Arithmetic runs in the dtype of `coef` (float32, or
-float64 as the oracle of tests), in a fixed order, and is rounded once, at the end. The sum over task
-vectors multiplies, rounds, adds, rounds (no fused multiply-add): that is what PyTorch itself does,
-and what every CPU can do alike.
+float64 as the oracle of tests), in a fixed order, and is rounded once, at the end. The sum over the
+task vectors multiplies, rounds, adds, rounds (no fused multiply-add): that is what PyTorch itself
+does, and what every CPU can do alike.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def coef_grad(grads: Sequence[Tensor], deltas: Sequence[Tensor], dtype: torch.dt
 def bank_compose(
     base: Tensor, deltas: Tensor, coef: Tensor, tile_block: Tensor, tile_offset: Tensor
 ) -> Tensor:
-    """The same on arenas: base [P], deltas [N * P], tables as in `layout`; returns [P] like `base`."""
+    """The same on arenas: base [P], deltas [N * P], tables as in `layout`. Returns [P]."""
     num_vectors = coef.shape[0]
     composed = torch.empty_like(base)
     for b, start, end in _blocks(tile_block, tile_offset):

@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from .checkpoints import digest, read_tensors, write_tensors
+from .checkpoints import digest, parts_of, read_tensors, write_tensors
 from .compose import compose
 
 _KIND = "task_vector"
@@ -135,13 +135,15 @@ class TaskVector:
                 for key, value in self._composed(parameters, coef).items():
                     parameters[key].copy_(value)
             return module
-        return {**target, **self._composed(target, coef)}  # type: ignore[return-value]
+        return {**target, **self._composed(target, coef)}
 
     def save(self, path: str | Path) -> None:
         """Writes a safetensors file with the base's fingerprint in its metadata."""
         tensors = {f"delta.{key}": value for key, value in self.deltas.items()}
         tensors |= {f"statistic.{key}": value for key, value in self.statistics.items()}
-        write_tensors(path, tensors, _KIND, name=self.name, base=self.base)
+        write_tensors(
+            path, tensors, _KIND, name=self.name, base=self.base, blocks=list(self.deltas)
+        )
 
     @classmethod
     def load(cls, path: str | Path) -> TaskVector:
@@ -158,17 +160,18 @@ class TaskVector:
             if key.startswith("delta.")
         }
         _check_finite(deltas)
-        return cls(
-            # safetensors sorts by size of element; the base's order is the model's.
-            deltas={key: deltas[key] for key in fields["base"] if key in deltas} | deltas,
-            statistics={
-                key.removeprefix("statistic."): tensor
-                for key, tensor in tensors.items()
-                if key.startswith("statistic.")
-            },
-            base=fields["base"],
-            name=fields["name"] or Path(path).stem,
-        )
+        with parts_of(path):
+            return cls(
+                # safetensors sorts by size of element; the base's order is the model's.
+                deltas={key: deltas[key] for key in fields["blocks"]},
+                statistics={
+                    key.removeprefix("statistic."): tensor
+                    for key, tensor in tensors.items()
+                    if key.startswith("statistic.")
+                },
+                base=fields["base"],
+                name=fields["name"] or Path(path).stem,
+            )
 
     def _composed(self, target: Mapping[str, Tensor], coef: float | Tensor) -> dict[str, Tensor]:
         problems = [f"missing: {key}" for key in self.deltas if key not in target]

@@ -11,8 +11,6 @@ import importlib
 import logging
 from typing import Protocol, cast
 
-import torch
-
 from ..ops import BACKENDS
 
 _log = logging.getLogger("atlas_kernels")
@@ -49,7 +47,6 @@ def backends() -> dict[str, str]:
     return {name: _unavailable(name) or "available" for name in BACKENDS}
 
 
-@torch.compiler.assume_constant_result
 def resolve(backend: str, device_type: str, float64: bool) -> str:
     """The name of the registered backend that serves this request.
 
@@ -61,7 +58,8 @@ def resolve(backend: str, device_type: str, float64: bool) -> str:
         return _automatic(device_type, float64)
     if backend not in BACKENDS:
         raise ValueError(
-            f"unknown backend {backend!r}: expected 'auto' or one of {', '.join(map(repr, BACKENDS))}"
+            f"unknown backend {backend!r}: expected 'auto' or one of "
+            f"{', '.join(map(repr, BACKENDS))}"
         )
     reason = _unavailable(backend)
     if reason is not None:
@@ -78,6 +76,11 @@ def resolve(backend: str, device_type: str, float64: bool) -> str:
         )
     _register(backend)
     return backend
+
+
+# What torch.compiler.assume_constant_result sets. Calling it imports the compiler and Triton, two
+# seconds of every program that never compiles anything.
+resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache

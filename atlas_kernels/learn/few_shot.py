@@ -105,8 +105,6 @@ def accuracy(
     model.eval()
     correct = 0
     with torch.no_grad():
-        for part, expected in zip(
-            images.split(batch_size), labels.split(batch_size), strict=True
-        ):
+        for part, expected in zip(images.split(batch_size), labels.split(batch_size), strict=True):
             correct += int((model(transform(part)).argmax(1) == expected).sum())
     return correct / len(labels)

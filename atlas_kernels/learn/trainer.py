@@ -202,7 +202,7 @@ def _train_epoch(
                         f"the loss is {value} at step {step + 1} of epoch {epoch + 1}: lower lr "
                         f"(now {recipe.lr}), or check the images and labels of that batch"
                     )
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
             scale_gradients(parameters, _LOSS_SCALE[recipe.preset])
             optimizer.step()
             total += value

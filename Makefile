@@ -1,0 +1,52 @@
+# Every target works in a fresh checkout: the environment is made on first use.
+# PYTHON=python3.x chooses the interpreter (3.10 or later).
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+NATIVE := $(wildcard csrc/*/*)
+CXX_SOURCES := $(NATIVE) $(wildcard tests/cuda_shim/*)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format kernels bench clean
+
+help:
+	@echo "make demo     set up .venv and learn a composition of task vectors on real images"
+	@echo "make test     set up .venv if need be and pass the tests"
+	@echo "make lint     formatting, style and types"
+	@echo "make format   rewrites the sources as lint wants them"
+	@echo "make kernels  the proofs of the GPU kernels alone (part of make test)"
+	@echo "make bench    measure the operator against its alternatives"
+
+$(READY): pyproject.toml setup.py constraints.txt $(NATIVE)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "Python 3.10 or later is needed: make PYTHON=python3.12 ..." >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch 'setuptools>=77' wheel
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[dev]'
+	touch $@
+
+demo: $(READY)
+	$(BIN)/atlas-kernels demo
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+kernels: $(READY)
+	$(BIN)/python -m pytest tests/test_triton*.py tests/test_cuda.py
+
+lint: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
+
+format: $(READY)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+	$(BIN)/clang-format -i $(CXX_SOURCES)
+
+bench: $(READY)
+	$(BIN)/python -m bench.run
+
+clean:
+	rm -rf .venv build *.egg-info atlas_kernels/*.so

@@ -1,0 +1,21 @@
+"""open_clip models: zero-shot heads, image classifiers, the embedded model."""
+
+from .model import (
+    ImageClassifier,
+    build_embedded_model,
+    embedded_model_config,
+    load_embedded_model,
+    save_embedded_model,
+    tokenizer_for,
+    zero_shot_head,
+)
+
+__all__ = [
+    "ImageClassifier",
+    "build_embedded_model",
+    "embedded_model_config",
+    "load_embedded_model",
+    "save_embedded_model",
+    "tokenizer_for",
+    "zero_shot_head",
+]

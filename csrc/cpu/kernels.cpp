@@ -1,0 +1,354 @@
+// See kernels.h. ATLAS_CAPABILITY is the namespace of the instruction set compiled for.
+#include "kernels.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace atlas {
+namespace ATLAS_CAPABILITY {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kWidth = 16;
+#elif defined(__AVX2__)
+constexpr int kWidth = 8;
+#else
+constexpr int kWidth = 4;
+#endif
+constexpr int kParts = kLanes / kWidth;
+
+using Floats = float __attribute__((vector_size(4 * kWidth)));
+using Words = uint32_t __attribute__((vector_size(4 * kWidth)));
+using Halves = uint16_t __attribute__((vector_size(2 * kWidth)));
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+// Sixteen consecutive elements in as many registers as it takes.
+struct Lanes {
+  Floats part[kParts];
+};
+
+inline Words words(Floats x) { return Words(x); }
+inline Floats floats(Words x) { return Floats(x); }
+inline Words select(Words mask, Words yes, Words no) { return (mask & yes) | (~mask & no); }
+
+inline Floats load(const float* p) {
+  Floats x;
+  __builtin_memcpy(&x, p, sizeof(x));
+  return x;
+}
+
+// 16-bit patterns, zero-extended. GCC 12 takes four instructions for the portable form.
+inline Words load_bits(const void* p) {
+#if defined(__AVX512F__)
+  return Words(_mm512_cvtepu16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(p))));
+#elif defined(__AVX2__)
+  return Words(_mm256_cvtepu16_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p))));
+#elif defined(__x86_64__)
+  const __m128i bits = _mm_loadl_epi64(static_cast<const __m128i*>(p));
+  return Words(_mm_unpacklo_epi16(bits, _mm_setzero_si128()));
+#else
+  Halves bits;
+  __builtin_memcpy(&bits, p, sizeof(bits));
+  return __builtin_convertvector(bits, Words);
+#endif
+}
+
+inline Floats load(const BFloat16* p) { return floats(load_bits(p) << 16); }
+
+inline Floats load(const Float16* p) {
+#if defined(__AVX512F__)
+  return Floats(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+#elif defined(__F16C__)
+  return Floats(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#else
+  // Shift exponent and mantissa into place and rebias. Inf and NaN need a second rebias;
+  // subnormals borrow an exponent of one, which the subtraction takes back exactly.
+  const Words half = load_bits(p);
+  const Words shifted = (half & 0x7fffu) << 13;
+  const Words exponent = shifted & 0x0f800000u;
+  const Words rebiased = shifted + 0x38000000u;
+  const Words subnormal = words(floats(rebiased + 0x00800000u) - floats(Words{} + 0x38800000u));
+  const Words special = rebiased + 0x38000000u;
+  Words bits = select(exponent == 0x0f800000u, special, rebiased);
+  bits = select(exponent == 0u, subnormal, bits);
+  return floats(bits | (half & 0x8000u) << 16);
+#endif
+}
+
+inline void store(float* p, Floats x) { __builtin_memcpy(p, &x, sizeof(x)); }
+
+inline void store_bits(void* p, Words x) {
+  const Halves bits = __builtin_convertvector(x, Halves);
+  __builtin_memcpy(p, &bits, sizeof(bits));
+}
+
+inline void store(BFloat16* p, Floats x) {
+  const Words bits = words(x);
+  const Words rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const Words nan = (bits & 0x7fffffffu) > 0x7f800000u;
+  store_bits(p, select(nan, Words{} + 0x7fc0u, rounded));
+}
+
+inline void store(Float16* p, Floats x) {
+#if defined(__AVX512F__)
+  const __m256i bits = _mm512_cvtps_ph(__m512(x), _MM_FROUND_TO_NEAREST_INT);
+  __builtin_memcpy(p, &bits, sizeof(bits));
+#elif defined(__F16C__)
+  const __m128i bits = _mm256_cvtps_ph(__m256(x), _MM_FROUND_TO_NEAREST_INT);
+  __builtin_memcpy(p, &bits, sizeof(bits));
+#else
+  const Words sign = words(x) & 0x80000000u;
+  const Words magnitude = words(x) ^ sign;
+  // Normal results: rebias, then add half a unit, ties to even. A carry runs on into the exponent.
+  const Words normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  // Subnormal results: one half has the unit of a subnormal float16, so that the addition rounds.
+  const Words half = Words{} + 0x3f000000u;
+  const Words subnormal = words(floats(magnitude) + floats(half)) - half;
+  const Words special = select(magnitude > 0x7f800000u, Words{} + 0x7e00u, Words{} + 0x7c00u);
+  Words bits = select(magnitude < 0x38800000u, subnormal, normal);
+  bits = select(magnitude >= 0x47800000u, special, bits);
+  store_bits(p, bits | sign >> 16);
+#endif
+}
+
+template <class T>
+inline Lanes load_lanes(const T* p) {
+  Lanes lanes;
+  for (int k = 0; k < kParts; ++k) lanes.part[k] = load(p + k * kWidth);
+  return lanes;
+}
+
+template <class T>
+inline void store_lanes(T* p, const Lanes& lanes) {
+  for (int k = 0; k < kParts; ++k) store(p + k * kWidth, lanes.part[k]);
+}
+
+inline void stream_lanes(float* p, const Lanes& lanes) {
+  for (int k = 0; k < kParts; ++k) {
+#if defined(__AVX512F__)
+    _mm512_stream_ps(p + k * kWidth, __m512(lanes.part[k]));
+#elif defined(__AVX2__)
+    _mm256_stream_ps(p + k * kWidth, __m256(lanes.part[k]));
+#elif defined(__x86_64__)
+    _mm_stream_ps(p + k * kWidth, __m128(lanes.part[k]));
+#else
+    store(p + k * kWidth, lanes.part[k]);
+#endif
+  }
+}
+
+inline bool whole(int64_t length) { return length % kLanes == 0; }
+inline int64_t whole_part(int64_t length) { return length / kLanes * kLanes; }
+
+// The last length % kLanes elements, followed by zeros.
+template <class T>
+struct Tail {
+  T data[kLanes] = {};
+  Tail(const T* p, int64_t length) {
+    const int64_t start = whole_part(length);
+    __builtin_memcpy(data, p + start, (length - start) * sizeof(T));
+  }
+};
+
+template <class T>
+void widen(const void* source, float* wide, int64_t length) {
+  const T* p = static_cast<const T*>(source);
+  const int64_t end = whole_part(length);
+  for (int64_t e = 0; e < end; e += kLanes) store_lanes(wide + e, load_lanes(p + e));
+  if (!whole(length)) store_lanes(wide + end, load_lanes(Tail<T>(p, length).data));
+}
+
+template <class T>
+void narrow(const float* wide, void* target, int64_t length) {
+  T* p = static_cast<T*>(target);
+  const int64_t end = whole_part(length);
+  for (int64_t e = 0; e < end; e += kLanes) store_lanes(p + e, load_lanes(wide + e));
+  if (!whole(length)) {
+    T tail[kLanes];
+    store_lanes(tail, load_lanes(wide + end));
+    __builtin_memcpy(p + end, tail, (length - end) * sizeof(T));
+  }
+}
+
+// The elements as float32, zero-padded to whole lanes: in place if they are that, else in `buffer`.
+const float* as_float(const void* data, DType dtype, int64_t length, float* buffer) {
+  if (dtype == DType::kFloat32) {
+    if (whole(length)) return static_cast<const float*>(data);
+    widen<float>(data, buffer, length);
+  } else if (dtype == DType::kBFloat16) {
+    widen<BFloat16>(data, buffer, length);
+  } else {
+    widen<Float16>(data, buffer, length);
+  }
+  return buffer;
+}
+
+// Rows of one dtype that go through memory together: as many streams as registers allow.
+constexpr int kGroup = kWidth == 16 ? 8 : 4;
+
+template <class T, int kRows>
+inline void add_lanes(Lanes& sum, const T* const* data, const float* coef, int64_t e) {
+  for (int r = 0; r < kRows; ++r) {
+    const Lanes row = load_lanes(data[r] + e);
+    for (int k = 0; k < kParts; ++k) sum.part[k] += coef[r] * row.part[k];
+  }
+}
+
+template <class T, int kRows>
+void add(const float* source, float* target, const Row* rows, int64_t length, bool stream) {
+  const T* data[kRows];
+  float coef[kRows];
+  for (int r = 0; r < kRows; ++r) {
+    data[r] = static_cast<const T*>(rows[r].data);
+    coef[r] = rows[r].coef;
+  }
+  const int64_t end = whole_part(length);
+  if (stream) {
+    for (int64_t e = 0; e < end; e += kLanes) {
+      Lanes sum = load_lanes(source + e);
+      add_lanes<T, kRows>(sum, data, coef, e);
+      stream_lanes(target + e, sum);
+    }
+  } else {
+    for (int64_t e = 0; e < end; e += kLanes) {
+      Lanes sum = load_lanes(source + e);
+      add_lanes<T, kRows>(sum, data, coef, e);
+      store_lanes(target + e, sum);
+    }
+  }
+  if (!whole(length)) {
+    Lanes sum = load_lanes(source + end);
+    for (int r = 0; r < kRows; ++r) {
+      const Tail<T> tail(data[r], length);
+      const T* start = tail.data;
+      add_lanes<T, 1>(sum, &start, coef + r, 0);
+    }
+    store_lanes(target + end, sum);
+  }
+}
+
+template <class T, int kRows>
+void dot(const float* grad, const Row* rows, int64_t length, float* result) {
+  const T* data[kRows];
+  Lanes sums[kRows] = {};
+  for (int r = 0; r < kRows; ++r) data[r] = static_cast<const T*>(rows[r].data);
+  const int64_t end = whole_part(length);
+  for (int64_t e = 0; e < end; e += kLanes) {
+    const Lanes g = load_lanes(grad + e);
+    for (int r = 0; r < kRows; ++r) {
+      const Lanes row = load_lanes(data[r] + e);
+      for (int k = 0; k < kParts; ++k) sums[r].part[k] += g.part[k] * row.part[k];
+    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    if (!whole(length)) {
+      const Lanes g = load_lanes(grad + end);
+      const Lanes row = load_lanes(Tail<T>(data[r], length).data);
+      for (int k = 0; k < kParts; ++k) sums[r].part[k] += g.part[k] * row.part[k];
+    }
+    float lanes[kLanes];
+    store_lanes(lanes, sums[r]);
+    for (int64_t half = kLanes / 2; half > 0; half /= 2) {
+      for (int64_t k = 0; k < half; ++k) lanes[k] += lanes[k + half];
+    }
+    result[rows[r].vector] = lanes[0];
+  }
+}
+
+template <class T, int kRows = kGroup>
+void add_group(int64_t num_rows, const float* source, float* target, const Row* rows,
+               int64_t length, bool stream) {
+  if (num_rows == kRows) {
+    add<T, kRows>(source, target, rows, length, stream);
+  } else if constexpr (kRows > 1) {
+    add_group<T, kRows - 1>(num_rows, source, target, rows, length, stream);
+  }
+}
+
+template <class T, int kRows = kGroup>
+void dot_group(int64_t num_rows, const float* grad, const Row* rows, int64_t length,
+               float* result) {
+  if (num_rows == kRows) {
+    dot<T, kRows>(grad, rows, length, result);
+  } else if constexpr (kRows > 1) {
+    dot_group<T, kRows - 1>(num_rows, grad, rows, length, result);
+  }
+}
+
+// How many rows to take together: of one dtype, in groups of about equal size.
+int64_t group_size(const Row* rows, int64_t num_rows) {
+  const int64_t groups = (num_rows + kGroup - 1) / kGroup;
+  const int64_t limit = (num_rows + groups - 1) / groups;
+  int64_t size = 1;
+  while (size < limit && rows[size].dtype == rows[0].dtype) ++size;
+  return size;
+}
+
+void compose_tile(const void* base, void* out, DType dtype, const Row* rows, int64_t num_rows,
+                  int64_t length, bool stream) {
+  alignas(64) float buffer[kTile];
+  const float* source = as_float(base, dtype, length, buffer);
+  const bool direct = dtype == DType::kFloat32 && whole(length);
+  stream = stream && direct && reinterpret_cast<uintptr_t>(out) % (4 * kWidth) == 0;
+  for (int64_t done = 0; done < num_rows;) {
+    const Row* group = rows + done;
+    const int64_t size = group_size(group, num_rows - done);
+    done += size;
+    const bool last = done == num_rows;
+    float* target = direct && last ? static_cast<float*>(out) : buffer;
+    if (group->dtype == DType::kFloat32) {
+      add_group<float>(size, source, target, group, length, stream && last);
+    } else if (group->dtype == DType::kBFloat16) {
+      add_group<BFloat16>(size, source, target, group, length, stream && last);
+    } else {
+      add_group<Float16>(size, source, target, group, length, stream && last);
+    }
+    source = target;
+  }
+  if (source == out) return;
+  if (dtype == DType::kFloat32) {
+    narrow<float>(source, out, length);
+  } else if (dtype == DType::kBFloat16) {
+    narrow<BFloat16>(source, out, length);
+  } else {
+    narrow<Float16>(source, out, length);
+  }
+}
+
+void dot_tile(const void* grad, DType dtype, const Row* rows, int64_t num_rows, int64_t length,
+              float* result) {
+  alignas(64) float buffer[kTile];
+  const float* wide = as_float(grad, dtype, length, buffer);
+  for (int64_t done = 0; done < num_rows;) {
+    const Row* group = rows + done;
+    const int64_t size = group_size(group, num_rows - done);
+    done += size;
+    if (group->dtype == DType::kFloat32) {
+      dot_group<float>(size, wide, group, length, result);
+    } else if (group->dtype == DType::kBFloat16) {
+      dot_group<BFloat16>(size, wide, group, length, result);
+    } else {
+      dot_group<Float16>(size, wide, group, length, result);
+    }
+  }
+}
+
+void fence() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
+}  // namespace
+
+extern const Kernels kernels = {compose_tile, dot_tile, fence};
+
+}  // namespace ATLAS_CAPABILITY
+}  // namespace atlas

@@ -1,0 +1,661 @@
+// The kernels of the `cuda` backend and their launches.
+//
+// One block of threads serves one tile. Composition is bound by memory: what matters is that every
+// stream moves 16 bytes per instruction and thread, and that enough of them are in flight. Sums
+// follow an order that depends on shapes alone, so the same inputs give the same bits.
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <algorithm>
+
+#include "kernels.h"
+
+namespace atlas_kernels {
+namespace {
+
+constexpr int kWarp = 32;
+constexpr int kWarps = 8;
+constexpr int kThreads = kWarps * kWarp;
+// Consecutive elements of a thread: 16 bytes of a 16-bit dtype.
+constexpr int kVector = 8;
+constexpr int kPasses = kTile / (kThreads * kVector);
+// At most 80 registers per thread, which lets the compiler ask for 96 to 128 bytes before it uses
+// any. Room for a fourth block would halve that and more (32 to 96; sm_100, from the machine code).
+constexpr int kBlocksPerMultiprocessor = 3;
+// Vectors that share one barrier in the backward.
+constexpr int kGroup = 32;
+
+__device__ __forceinline__ float widen(float value) { return value; }
+__device__ __forceinline__ float widen(__nv_bfloat16 value) { return __bfloat162float(value); }
+__device__ __forceinline__ float widen(__half value) { return __half2float(value); }
+
+__device__ __forceinline__ void narrow(float value, float* target) { *target = value; }
+__device__ __forceinline__ void narrow(float value, __nv_bfloat16* target) {
+  *target = __float2bfloat16_rn(value);
+}
+__device__ __forceinline__ void narrow(float value, __half* target) {
+  *target = __float2half_rn(value);
+}
+
+// Two neighbouring elements in one word, the first in its low half.
+template <typename T>
+struct Pair;
+
+template <>
+struct Pair<__nv_bfloat16> {
+  static __device__ __forceinline__ float2 widen(uint32_t word) {
+    // A bfloat16 is the upper half of a float: one instruction each, where the intrinsic takes two.
+    return {__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u)};
+  }
+  static __device__ __forceinline__ uint32_t narrow(float low, float high) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    return reinterpret_cast<const uint32_t&>(pair);
+  }
+};
+
+template <>
+struct Pair<__half> {
+  static __device__ __forceinline__ float2 widen(uint32_t word) {
+    return __half22float2(reinterpret_cast<const __half2&>(word));
+  }
+  static __device__ __forceinline__ uint32_t narrow(float low, float high) {
+    const __half2 pair = __floats2half2_rn(low, high);
+    return reinterpret_cast<const uint32_t&>(pair);
+  }
+};
+
+// Read once, so first to leave the caches (evict-first).
+__device__ __forceinline__ void load_wide(const float* p, float (&values)[kVector]) {
+  const float4* wide = reinterpret_cast<const float4*>(p);
+#pragma unroll
+  for (int k = 0; k < 2; ++k) {
+    const float4 four = __ldcs(wide + k);
+    values[4 * k] = four.x;
+    values[4 * k + 1] = four.y;
+    values[4 * k + 2] = four.z;
+    values[4 * k + 3] = four.w;
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ void load_wide(const T* p, float (&values)[kVector]) {
+  const uint4 four = __ldcs(reinterpret_cast<const uint4*>(p));
+  const uint32_t words[] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+  for (int k = 0; k < kVector / 2; ++k) {
+    const float2 pair = Pair<T>::widen(words[k]);
+    values[2 * k] = pair.x;
+    values[2 * k + 1] = pair.y;
+  }
+}
+
+// No hint: whatever comes next reads the composed weights.
+__device__ __forceinline__ void store_wide(float* p, const float (&values)[kVector]) {
+  float4* wide = reinterpret_cast<float4*>(p);
+  wide[0] = make_float4(values[0], values[1], values[2], values[3]);
+  wide[1] = make_float4(values[4], values[5], values[6], values[7]);
+}
+
+template <typename T>
+__device__ __forceinline__ void store_wide(T* p, const float (&values)[kVector]) {
+  *reinterpret_cast<uint4*>(p) =
+      make_uint4(Pair<T>::narrow(values[0], values[1]), Pair<T>::narrow(values[2], values[3]),
+                 Pair<T>::narrow(values[4], values[5]), Pair<T>::narrow(values[6], values[7]));
+}
+
+__host__ __device__ __forceinline__ bool is_aligned(const void* p) {
+  return reinterpret_cast<uintptr_t>(p) % sizeof(uint4) == 0;
+}
+
+// `kFull`: the tile is full and aligned. Otherwise each vector finds out whether it is.
+template <bool kFull, typename T>
+__device__ __forceinline__ void load_as(const T* p, int count, float (&values)[kVector]) {
+  if constexpr (kFull) {
+    load_wide(p, values);
+  } else if (count >= kVector && is_aligned(p)) {
+    load_wide(p, values);
+  } else {
+#pragma unroll
+    for (int k = 0; k < kVector; ++k) values[k] = k < count ? widen(p[k]) : 0.0f;
+  }
+}
+
+template <bool kFull, typename T>
+__device__ __forceinline__ void store_as(T* p, int count, const float (&values)[kVector]) {
+  if constexpr (kFull) {
+    store_wide(p, values);
+  } else if (count >= kVector && is_aligned(p)) {
+    store_wide(p, values);
+  } else {
+#pragma unroll
+    for (int k = 0; k < kVector; ++k) {
+      if (k < count) narrow(values[k], p + k);
+    }
+  }
+}
+
+// This thread's vector of the given pass over a tile of `length` elements at `tile`; zero beyond.
+template <bool kFull>
+__device__ __forceinline__ void load(Operand tile, int pass, int length, float (&values)[kVector]) {
+  const int offset = (pass * kThreads + static_cast<int>(threadIdx.x)) * kVector;
+  const int count = length - offset;
+  switch (tile.dtype) {
+    case Dtype::kFloat32:
+      load_as<kFull>(static_cast<const float*>(tile.data) + offset, count, values);
+      break;
+    case Dtype::kBFloat16:
+      load_as<kFull>(static_cast<const __nv_bfloat16*>(tile.data) + offset, count, values);
+      break;
+    case Dtype::kFloat16:
+      load_as<kFull>(static_cast<const __half*>(tile.data) + offset, count, values);
+      break;
+  }
+}
+
+template <bool kFull>
+__device__ __forceinline__ void store(void* tile, Dtype dtype, int pass, int length,
+                                      const float (&values)[kVector]) {
+  const int offset = (pass * kThreads + static_cast<int>(threadIdx.x)) * kVector;
+  const int count = length - offset;
+  switch (dtype) {
+    case Dtype::kFloat32:
+      store_as<kFull>(static_cast<float*>(tile) + offset, count, values);
+      break;
+    case Dtype::kBFloat16:
+      store_as<kFull>(static_cast<__nv_bfloat16*>(tile) + offset, count, values);
+      break;
+    case Dtype::kFloat16:
+      store_as<kFull>(static_cast<__half*>(tile) + offset, count, values);
+      break;
+  }
+}
+
+__host__ __device__ __forceinline__ int64_t size_of(Dtype dtype) {
+  return dtype == Dtype::kFloat32 ? 4 : 2;
+}
+
+__host__ __device__ __forceinline__ const void* advance(const void* p, int64_t count, Dtype dtype) {
+  return static_cast<const char*>(p) + count * size_of(dtype);
+}
+
+// One tile of a call, whichever form the call has. `Deltas` maps i to the tile's elements of tau_i.
+template <typename Deltas>
+struct Tile {
+  Operand source;
+  Deltas deltas;
+  int num_vectors;
+  int length;
+};
+
+// 128 bytes of deltas per thread in flight fit into its registers.
+constexpr int unroll_of(Dtype delta) { return delta == Dtype::kFloat32 ? 2 : 4; }
+
+// A bank's deltas of one tile: vector after vector.
+template <Dtype kDelta>
+struct Interleaved {
+  static constexpr int kUnroll = unroll_of(kDelta);
+  const void* first;
+  int length;
+  __device__ __forceinline__ Operand operator()(int i) const {
+    return {advance(first, static_cast<int64_t>(i) * length, kDelta), kDelta};
+  }
+};
+
+template <Dtype kDelta>
+__device__ __forceinline__ Tile<Interleaved<kDelta>> tile_of(const Bank& bank) {
+  const int64_t start = bank.tile_offset[blockIdx.x];
+  const int length = static_cast<int>(bank.tile_offset[blockIdx.x + 1] - start);
+  const Operand source = {advance(bank.source.data, start, bank.source.dtype), bank.source.dtype};
+  const void* first = advance(bank.deltas.data, bank.num_vectors * start, kDelta);
+  return {source, {first, length}, static_cast<int>(bank.num_vectors), length};
+}
+
+// Full tiles of an aligned arena are aligned throughout.
+template <Dtype kDelta>
+__device__ __forceinline__ bool is_full(const Tile<Interleaved<kDelta>>& tile) {
+  return tile.length == kTile && is_aligned(tile.source.data) && is_aligned(tile.deltas.first);
+}
+
+// The deltas of one tile of a list: wherever the table says.
+struct Listed {
+  static constexpr int kUnroll = 1;
+  const void* const* data;
+  const Dtype* dtype;
+  int64_t offset;
+  __device__ __forceinline__ Operand operator()(int i) const {
+    const void* p = data[i];
+    return {p == nullptr ? nullptr : advance(p, offset, dtype[i]), dtype[i]};
+  }
+};
+
+// The same where all deltas of a launch exist, are aligned, and have one dtype.
+template <Dtype kDelta>
+struct ListedAlike {
+  static constexpr int kUnroll = unroll_of(kDelta);
+  const void* const* data;
+  int64_t offset;
+  __device__ __forceinline__ Operand operator()(int i) const {
+    return {advance(data[i], offset, kDelta), kDelta};
+  }
+};
+
+// The block of the table that a tile belongs to: the last that starts at or before it.
+__device__ __forceinline__ int find_block(const Table& table, int tile) {
+  int low = 0;
+  int high = table.num_blocks;
+  while (high - low > 1) {
+    const int middle = (low + high) / 2;
+    if (table.first_tile[middle] <= tile) {
+      low = middle;
+    } else {
+      high = middle;
+    }
+  }
+  return low;
+}
+
+template <bool kFull, typename Deltas>
+__device__ __forceinline__ void compose_tile(const Tile<Deltas>& tile, const float* coef,
+                                             int64_t coef_stride, void* target, Dtype dtype) {
+  float sums[kPasses][kVector];
+#pragma unroll
+  for (int pass = 0; pass < kPasses; ++pass) {
+    load<kFull>(tile.source, pass, tile.length, sums[pass]);
+  }
+#pragma unroll(kFull ? Deltas::kUnroll : 1)
+  for (int i = 0; i < tile.num_vectors; ++i) {
+    const Operand delta = tile.deltas(i);
+    if (!kFull && delta.data == nullptr) continue;
+    const float c = coef[i * coef_stride];
+#pragma unroll
+    for (int pass = 0; pass < kPasses; ++pass) {
+      float values[kVector];
+      load<kFull>(delta, pass, tile.length, values);
+#pragma unroll
+      for (int k = 0; k < kVector; ++k) sums[pass][k] = fmaf(c, values[k], sums[pass][k]);
+    }
+  }
+#pragma unroll
+  for (int pass = 0; pass < kPasses; ++pass) {
+    store<kFull>(target, dtype, pass, tile.length, sums[pass]);
+  }
+}
+
+__device__ __forceinline__ float warp_sum(float value) {
+#pragma unroll
+  for (int distance = kWarp / 2; distance > 0; distance /= 2) {
+    value += __shfl_xor_sync(0xffffffff, value, distance);
+  }
+  return value;
+}
+
+// Two of them, so that one barrier per group is enough: a warp overwrites a group's sums only after
+// the next group's barrier, which every reader reaches after reading.
+using WarpSums = float[2][kWarps][kGroup];
+
+// partials[i * stride] = <source, tau_i> over the tile.
+template <bool kFull, typename Deltas>
+__device__ __forceinline__ void dot_tile(const Tile<Deltas>& tile, WarpSums& warp_sums,
+                                         float* partials, int64_t stride) {
+  const int lane = threadIdx.x % kWarp;
+  const int warp = threadIdx.x / kWarp;
+
+  float grad[kPasses][kVector];
+#pragma unroll
+  for (int pass = 0; pass < kPasses; ++pass) {
+    load<kFull>(tile.source, pass, tile.length, grad[pass]);
+  }
+  int turn = 0;
+  for (int first = 0; first < tile.num_vectors; first += kGroup) {
+    const int group = min(kGroup, tile.num_vectors - first);
+#pragma unroll(kFull ? Deltas::kUnroll : 1)
+    for (int i = 0; i < group; ++i) {
+      const Operand delta = tile.deltas(first + i);
+      float sum = 0.0f;
+      if (kFull || delta.data != nullptr) {
+#pragma unroll
+        for (int pass = 0; pass < kPasses; ++pass) {
+          float values[kVector];
+          load<kFull>(delta, pass, tile.length, values);
+#pragma unroll
+          for (int k = 0; k < kVector; ++k) sum = fmaf(grad[pass][k], values[k], sum);
+        }
+      }
+      sum = warp_sum(sum);
+      if (lane == 0) warp_sums[turn][warp][i] = sum;
+    }
+    __syncthreads();
+    const int i = threadIdx.x;
+    if (i < group) {
+      float sum = 0.0f;
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) sum += warp_sums[turn][w][i];
+      partials[(first + i) * stride] = sum;
+    }
+    turn ^= 1;
+  }
+}
+
+// The sum of `count` partials, by one warp, the same on every lane.
+__device__ __forceinline__ float sum_partials(const float* partials, int count) {
+  double sum = 0.0;
+  for (int i = threadIdx.x % kWarp; i < count; i += kWarp) sum += partials[i];
+#pragma unroll
+  for (int distance = kWarp / 2; distance > 0; distance /= 2) {
+    sum += __shfl_xor_sync(0xffffffff, sum, distance);
+  }
+  return static_cast<float>(sum);
+}
+
+template <Dtype kDelta>
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
+    bank_compose_kernel(const Bank bank, const float* coef, void* composed) {
+  const Tile<Interleaved<kDelta>> tile = tile_of<kDelta>(bank);
+  const float* column = coef + bank.tile_block[blockIdx.x];
+  const Dtype dtype = bank.source.dtype;
+  void* target = const_cast<void*>(advance(composed, bank.tile_offset[blockIdx.x], dtype));
+  if (is_full(tile) && is_aligned(target)) {
+    compose_tile<true>(tile, column, bank.num_blocks, target, dtype);
+  } else {
+    compose_tile<false>(tile, column, bank.num_blocks, target, dtype);
+  }
+}
+
+template <Dtype kDelta>
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
+    bank_partials_kernel(const Bank bank, float* partials) {
+  __shared__ WarpSums warp_sums;
+  const Tile<Interleaved<kDelta>> tile = tile_of<kDelta>(bank);
+  if (is_full(tile)) {
+    dot_tile<true>(tile, warp_sums, partials + blockIdx.x, bank.num_tiles);
+  } else {
+    dot_tile<false>(tile, warp_sums, partials + blockIdx.x, bank.num_tiles);
+  }
+}
+
+// One warp per vector and block.
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
+    bank_total_kernel(const float* partials, const int32_t* block_tile, int64_t num_tiles,
+                      int64_t num_blocks, int64_t count, float* coef_grad) {
+  const int64_t index = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;
+  if (index >= count) return;
+  const int64_t i = index / num_blocks;
+  const int64_t b = index % num_blocks;
+  const int first = block_tile[b];
+  const float sum = sum_partials(partials + i * num_tiles + first, block_tile[b + 1] - first);
+  if (threadIdx.x % kWarp == 0) coef_grad[index] = sum;
+}
+
+// A list's tile, found from the table.
+struct Place {
+  int block;
+  int64_t offset;
+  int length;
+  Operand source;
+  const void* const* data;
+  const Dtype* dtype;
+};
+
+__device__ __forceinline__ Place place_of(const Table& table) {
+  const int tile = blockIdx.x;
+  const int b = find_block(table, tile);
+  const int64_t offset = static_cast<int64_t>(tile - table.first_tile[b]) * kTile;
+  const int64_t rest = table.numel[b] - offset;
+  const Dtype dtype = table.source_dtype[b];
+  const int slot = b * table.num_vectors;
+  return {b,
+          offset,
+          rest < kTile ? static_cast<int>(rest) : kTile,
+          {advance(table.source[b], offset, dtype), dtype},
+          table.delta + slot,
+          table.delta_dtype + slot};
+}
+
+// `kAlike`: every operand of the launch is aligned and every delta has the dtype `kDelta`.
+template <bool kAlike, Dtype kDelta>
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
+    compose_kernel(const __grid_constant__ Table table) {
+  const Place at = place_of(table);
+  const float* column =
+      table.coef + table.first_vector * table.all_blocks + table.first_block + at.block;
+  const Dtype dtype = table.target_dtype[at.block];
+  void* target = const_cast<void*>(advance(table.target[at.block], at.offset, dtype));
+  if (kAlike && at.length == kTile) {
+    const Tile<ListedAlike<kDelta>> tile = {
+        at.source, {at.data, at.offset}, table.num_vectors, at.length};
+    compose_tile<true>(tile, column, table.all_blocks, target, dtype);
+  } else {
+    const Tile<Listed> tile = {
+        at.source, {at.data, at.dtype, at.offset}, table.num_vectors, at.length};
+    compose_tile<false>(tile, column, table.all_blocks, target, dtype);
+  }
+}
+
+template <bool kAlike, Dtype kDelta>
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
+    partials_kernel(const __grid_constant__ Table table) {
+  const Place at = place_of(table);
+  __shared__ WarpSums warp_sums;
+  float* partials = table.partials + blockIdx.x;
+  if (kAlike && at.length == kTile) {
+    const Tile<ListedAlike<kDelta>> tile = {
+        at.source, {at.data, at.offset}, table.num_vectors, at.length};
+    dot_tile<true>(tile, warp_sums, partials, gridDim.x);
+  } else {
+    const Tile<Listed> tile = {
+        at.source, {at.data, at.dtype, at.offset}, table.num_vectors, at.length};
+    dot_tile<false>(tile, warp_sums, partials, gridDim.x);
+  }
+}
+
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
+    total_kernel(const __grid_constant__ Table table) {
+  const int index = blockIdx.x * kWarps + threadIdx.x / kWarp;
+  if (index >= table.num_vectors * table.num_blocks) return;
+  const int i = index / table.num_blocks;
+  const int b = index % table.num_blocks;
+  const int first = table.first_tile[b];
+  const int64_t num_tiles = table.first_tile[table.num_blocks];
+  const float sum =
+      sum_partials(table.partials + i * num_tiles + first, table.first_tile[b + 1] - first);
+  if (threadIdx.x % kWarp == 0) {
+    table.coef_grad[(table.first_vector + i) * table.all_blocks + table.first_block + b] = sum;
+  }
+}
+
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), int64_t num_blocks, cudaStream_t stream,
+                   const Arguments&... arguments) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(num_blocks));
+  config.blockDim = dim3(kThreads);
+  config.stream = stream;
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
+int64_t ceil_div(int64_t numerator, int64_t denominator) {
+  return (numerator + denominator - 1) / denominator;
+}
+
+using BankComposeKernel = void (*)(Bank, const float*, void*);
+using BankPartialsKernel = void (*)(Bank, float*);
+using TableKernel = void (*)(Table);
+
+BankComposeKernel bank_compose_of(Dtype delta) {
+  switch (delta) {
+    case Dtype::kBFloat16:
+      return bank_compose_kernel<Dtype::kBFloat16>;
+    case Dtype::kFloat16:
+      return bank_compose_kernel<Dtype::kFloat16>;
+    default:
+      return bank_compose_kernel<Dtype::kFloat32>;
+  }
+}
+
+BankPartialsKernel bank_partials_of(Dtype delta) {
+  switch (delta) {
+    case Dtype::kBFloat16:
+      return bank_partials_kernel<Dtype::kBFloat16>;
+    case Dtype::kFloat16:
+      return bank_partials_kernel<Dtype::kFloat16>;
+    default:
+      return bank_partials_kernel<Dtype::kFloat32>;
+  }
+}
+
+TableKernel compose_of(bool alike, Dtype delta) {
+  if (!alike) return compose_kernel<false, Dtype::kFloat32>;
+  switch (delta) {
+    case Dtype::kBFloat16:
+      return compose_kernel<true, Dtype::kBFloat16>;
+    case Dtype::kFloat16:
+      return compose_kernel<true, Dtype::kFloat16>;
+    default:
+      return compose_kernel<true, Dtype::kFloat32>;
+  }
+}
+
+TableKernel partials_of(bool alike, Dtype delta) {
+  if (!alike) return partials_kernel<false, Dtype::kFloat32>;
+  switch (delta) {
+    case Dtype::kBFloat16:
+      return partials_kernel<true, Dtype::kBFloat16>;
+    case Dtype::kFloat16:
+      return partials_kernel<true, Dtype::kFloat16>;
+    default:
+      return partials_kernel<true, Dtype::kFloat32>;
+  }
+}
+
+// How many blocks and vectors one launch takes: whole blocks, unless one alone is too many vectors.
+int64_t vectors_per_launch(const List& list) {
+  return std::min<int64_t>(list.num_vectors, kTableDeltas);
+}
+
+int64_t blocks_per_launch(const List& list) {
+  const int64_t vectors = std::max<int64_t>(1, vectors_per_launch(list));
+  return std::min<int64_t>(kTableBlocks, kTableDeltas / vectors);
+}
+
+// Fills in everything but targets and results. Returns whether the launch's operands are alike.
+bool fill(const List& list, int64_t first_block, int64_t first_vector, Table& table) {
+  table.all_blocks = list.num_blocks;
+  table.first_block = first_block;
+  table.first_vector = first_vector;
+  table.num_blocks =
+      static_cast<int32_t>(std::min(blocks_per_launch(list), list.num_blocks - first_block));
+  table.num_vectors =
+      static_cast<int32_t>(std::min(vectors_per_launch(list), list.num_vectors - first_vector));
+  table.first_tile[0] = 0;
+  bool alike = true;
+  const Dtype dtype = list.num_vectors > 0 ? list.deltas[first_block].dtype : Dtype::kFloat32;
+  for (int b = 0; b < table.num_blocks; ++b) {
+    const int64_t block = first_block + b;
+    table.source[b] = list.source[block].data;
+    table.source_dtype[b] = list.source[block].dtype;
+    table.numel[b] = list.numel[block];
+    table.first_tile[b + 1] =
+        table.first_tile[b] + static_cast<int32_t>(ceil_div(list.numel[block], kTile));
+    alike = alike && is_aligned(table.source[b]);
+    for (int i = 0; i < table.num_vectors; ++i) {
+      const Operand& delta = list.deltas[(first_vector + i) * list.num_blocks + block];
+      const int slot = b * table.num_vectors + i;
+      table.delta[slot] = delta.data;
+      table.delta_dtype[slot] = delta.dtype;
+      alike = alike && delta.data != nullptr && is_aligned(delta.data) && delta.dtype == dtype;
+    }
+  }
+  return alike;
+}
+
+}  // namespace
+
+cudaError_t bank_compose(const Bank& bank, const float* coef, void* composed, cudaStream_t stream) {
+  if (bank.num_tiles == 0) return cudaSuccess;
+  return launch(bank_compose_of(bank.deltas.dtype), bank.num_tiles, stream, bank, coef, composed);
+}
+
+cudaError_t bank_coef_grad(const Bank& bank, const int32_t* block_tile, float* partials,
+                           float* coef_grad, cudaStream_t stream) {
+  const int64_t count = bank.num_vectors * bank.num_blocks;
+  if (count == 0) return cudaSuccess;
+  if (bank.num_tiles > 0) {
+    const cudaError_t error =
+        launch(bank_partials_of(bank.deltas.dtype), bank.num_tiles, stream, bank, partials);
+    if (error != cudaSuccess) return error;
+  }
+  return launch(bank_total_kernel, ceil_div(count, kWarps), stream, partials, block_tile,
+                bank.num_tiles, bank.num_blocks, count, coef_grad);
+}
+
+int64_t compose_scratch(const List& list) {
+  if (list.num_vectors <= kTableDeltas || list.num_blocks == 0) return 0;
+  return *std::max_element(list.numel, list.numel + list.num_blocks);
+}
+
+cudaError_t compose(const List& list, const float* coef, void* const* composed, float* scratch,
+                    cudaStream_t stream) {
+  Table table;
+  table.coef = coef;
+  for (int64_t block = 0; block < list.num_blocks; block += blocks_per_launch(list)) {
+    int64_t vector = 0;
+    do {
+      bool alike = fill(list, block, vector, table);
+      const bool last = vector + table.num_vectors == list.num_vectors;
+      for (int b = 0; b < table.num_blocks; ++b) {
+        // More vectors than a launch takes: the sum waits in float32, so that it rounds once.
+        if (vector > 0) {
+          table.source[b] = scratch;
+          table.source_dtype[b] = Dtype::kFloat32;
+        }
+        table.target[b] = last ? composed[block + b] : scratch;
+        table.target_dtype[b] = last ? list.source[block + b].dtype : Dtype::kFloat32;
+        alike = alike && is_aligned(table.target[b]);
+      }
+      const int64_t num_tiles = table.first_tile[table.num_blocks];
+      if (num_tiles > 0) {
+        const cudaError_t error =
+            launch(compose_of(alike, table.delta_dtype[0]), num_tiles, stream, table);
+        if (error != cudaSuccess) return error;
+      }
+      vector += table.num_vectors;
+    } while (vector < list.num_vectors);
+  }
+  return cudaSuccess;
+}
+
+int64_t coef_grad_scratch(const List& list) {
+  int64_t most = 0;
+  int64_t tiles = 0;
+  for (int64_t block = 0; block < list.num_blocks; ++block) {
+    if (block % blocks_per_launch(list) == 0) tiles = 0;
+    tiles += ceil_div(list.numel[block], kTile);
+    most = std::max(most, tiles);
+  }
+  return most * vectors_per_launch(list);
+}
+
+cudaError_t coef_grad(const List& list, float* partials, float* coef_grad, cudaStream_t stream) {
+  Table table;
+  table.partials = partials;
+  table.coef_grad = coef_grad;
+  for (int64_t block = 0; block < list.num_blocks; block += blocks_per_launch(list)) {
+    for (int64_t vector = 0; vector < list.num_vectors; vector += vectors_per_launch(list)) {
+      const bool alike = fill(list, block, vector, table);
+      const int64_t num_tiles = table.first_tile[table.num_blocks];
+      if (num_tiles > 0) {
+        const cudaError_t error =
+            launch(partials_of(alike, table.delta_dtype[0]), num_tiles, stream, table);
+        if (error != cudaSuccess) return error;
+      }
+      const int64_t count = static_cast<int64_t>(table.num_vectors) * table.num_blocks;
+      const cudaError_t error = launch(total_kernel, ceil_div(count, kWarps), stream, table);
+      if (error != cudaSuccess) return error;
+    }
+  }
+  return cudaSuccess;
+}
+
+}  // namespace atlas_kernels

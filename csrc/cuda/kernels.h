@@ -1,0 +1,88 @@
+// What the operators (ops.cpp) ask of the kernels (kernels.cu): plain C++, so that either side, and
+// the tests' CPU shim, compiles without the other's headers.
+
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+namespace atlas_kernels {
+
+enum class Dtype : uint8_t { kFloat32, kBFloat16, kFloat16 };
+
+// One tensor's elements in device memory; no `data` means no such block.
+struct Operand {
+  const void* data;
+  Dtype dtype;
+};
+
+// Elements per tile; `layout.py` explains the number.
+constexpr int kTile = 4096;
+
+// As many bytes of arguments as a launch can carry since CUDA 12.1.
+constexpr int kMaxArgumentBytes = 32764;
+constexpr int kTableBlocks = 160;
+constexpr int kTableDeltas = 3072;
+
+// The tensors of one list-form launch: blocks [first_block, first_block + num_blocks) and vectors
+// [first_vector, first_vector + num_vectors). It travels as a kernel argument, so a CUDA graph
+// holds its own copy and no copy can be stale.
+struct Table {
+  const void* source[kTableBlocks];  // base, or gradient
+  void* target[kTableBlocks];        // composed block; unused for a gradient
+  int64_t numel[kTableBlocks];
+  const void* delta[kTableDeltas];  // [num_blocks, num_vectors]
+  const float* coef;                // [all vectors, all blocks]
+  float* partials;                  // [num_vectors, tiles of this launch]
+  float* coef_grad;                 // [all vectors, all blocks]
+  int64_t all_blocks;
+  int64_t first_block;
+  int64_t first_vector;
+  int32_t num_blocks;
+  int32_t num_vectors;
+  int32_t first_tile[kTableBlocks + 1];
+  Dtype source_dtype[kTableBlocks];
+  Dtype target_dtype[kTableBlocks];
+  Dtype delta_dtype[kTableDeltas];
+};
+static_assert(sizeof(Table) <= kMaxArgumentBytes, "the table must fit into a launch");
+
+// The arenas and tables of a bank, as in `layout.py`.
+struct Bank {
+  Operand source;  // base, or gradient [P]
+  Operand deltas;  // [N * P], tile-interleaved
+  const int32_t* tile_block;
+  const int64_t* tile_offset;
+  int64_t num_tiles;
+  int64_t num_blocks;
+  int64_t num_vectors;
+};
+
+// The blocks and vectors of a list-form call.
+struct List {
+  const Operand* source;  // [num_blocks], base or gradient
+  const int64_t* numel;   // [num_blocks]
+  const Operand* deltas;  // [num_vectors, num_blocks]
+  int64_t num_blocks;
+  int64_t num_vectors;
+};
+
+// All of them enqueue on `stream` and return at once. Nothing is launched where there is no work.
+
+cudaError_t bank_compose(const Bank& bank, const float* coef, void* composed, cudaStream_t stream);
+
+// `partials`: num_vectors * num_tiles floats.
+cudaError_t bank_coef_grad(const Bank& bank, const int32_t* block_tile, float* partials,
+                           float* coef_grad, cudaStream_t stream);
+
+// `scratch`: `compose_scratch` floats.
+cudaError_t compose(const List& list, const float* coef, void* const* composed, float* scratch,
+                    cudaStream_t stream);
+int64_t compose_scratch(const List& list);
+
+// `partials`: `coef_grad_scratch` floats.
+cudaError_t coef_grad(const List& list, float* partials, float* coef_grad, cudaStream_t stream);
+int64_t coef_grad_scratch(const List& list);
+
+}  // namespace atlas_kernels

@@ -1,0 +1,229 @@
+// The operators of the `atlas_kernels_cuda` namespace: checks, memory and streams around the
+// kernels. Schemas and fakes are in `ops.py`.
+
+#include <cuda_runtime.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/macros.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <optional>
+#include <vector>
+
+#include "kernels.h"
+
+namespace {
+
+using atlas_kernels::Bank;
+using atlas_kernels::Dtype;
+using atlas_kernels::List;
+using atlas_kernels::Operand;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+Dtype dtype_of(const Tensor& tensor, const char* name) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return Dtype::kFloat32;
+    case ScalarType::BFloat16:
+      return Dtype::kBFloat16;
+    case ScalarType::Half:
+      return Dtype::kFloat16;
+    default:
+      STD_TORCH_CHECK(false, name, " must be float32, bfloat16 or float16");
+  }
+}
+
+void check_device(const Tensor& tensor, int32_t device, const char* name) {
+  STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == device, name,
+                  " must be on cuda:", device, " like the other tensors");
+}
+
+void check_table(const Tensor& table, ScalarType dtype, int32_t device, const char* name) {
+  check_device(table, device, name);
+  STD_TORCH_CHECK(table.scalar_type() == dtype && table.dim() == 1 && table.is_contiguous(), name,
+                  " must be a table as atlas_kernels.layout makes it");
+}
+
+void check_arena(const Tensor& arena, int32_t device, const char* name) {
+  check_device(arena, device, name);
+  STD_TORCH_CHECK(arena.dim() == 1 && arena.is_contiguous(), name,
+                  " must be one contiguous dimension");
+}
+
+void check_result(ScalarType dtype) {
+  STD_TORCH_CHECK(dtype == ScalarType::Float, "the cuda backend sums in float32");
+}
+
+// The coefficients [N, B] as the kernels read them.
+Tensor check_coef(const Tensor& coef, int32_t device) {
+  check_device(coef, device, "coef");
+  STD_TORCH_CHECK(coef.scalar_type() == ScalarType::Float && coef.dim() == 2,
+                  "coef must be float32 [N, B]");
+  return torch::stable::contiguous(coef);
+}
+
+cudaStream_t current_stream(int32_t device) {
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+float* floats(const Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
+
+Bank bank_of(const Tensor& source, const Tensor& deltas, const Tensor& tile_block,
+             const Tensor& tile_offset, int64_t num_blocks, int64_t num_vectors) {
+  const int32_t device = source.get_device_index();
+  check_arena(source, device, "the base or gradient");
+  check_arena(deltas, device, "deltas");
+  check_table(tile_block, ScalarType::Int, device, "tile_block");
+  check_table(tile_offset, ScalarType::Long, device, "tile_offset");
+  STD_TORCH_CHECK(deltas.numel() == num_vectors * source.numel(),
+                  "deltas must hold num_vectors arenas");
+  STD_TORCH_CHECK(tile_offset.numel() == tile_block.numel() + 1,
+                  "tile_offset must have one entry more than tile_block");
+  return {{source.const_data_ptr(), dtype_of(source, "the base or gradient")},
+          {deltas.const_data_ptr(), dtype_of(deltas, "deltas")},
+          static_cast<const int32_t*>(tile_block.const_data_ptr()),
+          static_cast<const int64_t*>(tile_offset.const_data_ptr()),
+          tile_block.numel(),
+          num_blocks,
+          num_vectors};
+}
+
+Tensor bank_compose(Tensor base, Tensor deltas, Tensor coef, Tensor tile_block,
+                    Tensor tile_offset) {
+  const int32_t device = base.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  const Tensor factors = check_coef(coef, device);
+  const Bank bank =
+      bank_of(base, deltas, tile_block, tile_offset, factors.size(1), factors.size(0));
+  Tensor composed = torch::stable::empty_like(base);
+  STD_CUDA_CHECK(atlas_kernels::bank_compose(bank, floats(factors), composed.mutable_data_ptr(),
+                                             current_stream(device)));
+  return composed;
+}
+
+Tensor bank_coef_grad(Tensor grad, Tensor deltas, Tensor tile_block, Tensor tile_offset,
+                      Tensor block_tile, int64_t num_vectors, ScalarType dtype) {
+  check_result(dtype);
+  const int32_t device = grad.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  check_table(block_tile, ScalarType::Int, device, "block_tile");
+  const Bank bank =
+      bank_of(grad, deltas, tile_block, tile_offset, block_tile.numel() - 1, num_vectors);
+  const Tensor partials =
+      torch::stable::new_empty(grad, {num_vectors, bank.num_tiles}, ScalarType::Float);
+  Tensor result = torch::stable::new_empty(grad, {num_vectors, bank.num_blocks}, ScalarType::Float);
+  STD_CUDA_CHECK(
+      atlas_kernels::bank_coef_grad(bank, static_cast<const int32_t*>(block_tile.const_data_ptr()),
+                                    floats(partials), floats(result), current_stream(device)));
+  return result;
+}
+
+// The operands of a list-form call. Copies of non-contiguous tensors live as long as it does:
+// memory that is freed afterwards is reused in the stream's order.
+class Operands {
+ public:
+  Operands(const std::vector<Tensor>& source, const std::vector<Tensor>& deltas,
+           int64_t num_vectors, int32_t device)
+      : num_vectors_(num_vectors) {
+    STD_TORCH_CHECK(deltas.size() == source.size() * num_vectors,
+                    "deltas must hold one tensor per vector and block");
+    source_.reserve(source.size());
+    deltas_.reserve(deltas.size());
+    for (const Tensor& block : source) {
+      numel_.push_back(block.numel());
+      source_.push_back(operand(block, device, "every block"));
+    }
+    for (size_t index = 0; index < deltas.size(); ++index) {
+      const Tensor& delta = deltas[index];
+      const int64_t numel = delta.numel();
+      if (numel == 0) {
+        deltas_.push_back({nullptr, Dtype::kFloat32});
+        continue;
+      }
+      STD_TORCH_CHECK(numel == numel_[index % source.size()],
+                      "every delta must have as many elements as its block, or none");
+      deltas_.push_back(operand(delta, device, "every delta"));
+    }
+  }
+
+  List list() const {
+    return {source_.data(), numel_.data(), deltas_.data(), static_cast<int64_t>(source_.size()),
+            num_vectors_};
+  }
+
+ private:
+  Operand operand(const Tensor& tensor, int32_t device, const char* name) {
+    check_device(tensor, device, name);
+    const Dtype dtype = dtype_of(tensor, name);
+    if (tensor.is_contiguous()) return {tensor.const_data_ptr(), dtype};
+    copies_.push_back(torch::stable::contiguous(tensor));
+    return {copies_.back().const_data_ptr(), dtype};
+  }
+
+  int64_t num_vectors_;
+  std::vector<Operand> source_;
+  std::vector<int64_t> numel_;
+  std::vector<Operand> deltas_;
+  std::vector<Tensor> copies_;
+};
+
+std::vector<Tensor> compose(std::vector<Tensor> base, std::vector<Tensor> deltas, Tensor coef) {
+  if (base.empty()) return {};
+  const int32_t device = base[0].get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  const Tensor factors = check_coef(coef, device);
+  STD_TORCH_CHECK(factors.size(1) == static_cast<int64_t>(base.size()),
+                  "coef must have one column per block");
+  const Operands operands(base, deltas, factors.size(0), device);
+
+  std::vector<Tensor> composed;
+  std::vector<void*> targets;
+  composed.reserve(base.size());
+  targets.reserve(base.size());
+  for (const Tensor& block : base) {
+    composed.push_back(torch::stable::new_empty(block, block.sizes()));
+    targets.push_back(composed.back().mutable_data_ptr());
+  }
+  const List list = operands.list();
+  std::optional<Tensor> scratch;
+  if (const int64_t count = atlas_kernels::compose_scratch(list); count > 0) {
+    scratch = torch::stable::new_empty(base[0], {count}, ScalarType::Float);
+  }
+  STD_CUDA_CHECK(atlas_kernels::compose(list, floats(factors), targets.data(),
+                                        scratch ? floats(*scratch) : nullptr,
+                                        current_stream(device)));
+  return composed;
+}
+
+Tensor coef_grad(std::vector<Tensor> grads, std::vector<Tensor> deltas, ScalarType dtype) {
+  check_result(dtype);
+  STD_TORCH_CHECK(!grads.empty(), "coef_grad takes at least one block");
+  const int64_t num_blocks = static_cast<int64_t>(grads.size());
+  const int64_t num_vectors = static_cast<int64_t>(deltas.size()) / num_blocks;
+  const int32_t device = grads[0].get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  const Operands operands(grads, deltas, num_vectors, device);
+  const List list = operands.list();
+  const Tensor partials = torch::stable::new_empty(
+      grads[0], {atlas_kernels::coef_grad_scratch(list)}, ScalarType::Float);
+  Tensor result = torch::stable::new_empty(grads[0], {num_vectors, num_blocks}, ScalarType::Float);
+  STD_CUDA_CHECK(
+      atlas_kernels::coef_grad(list, floats(partials), floats(result), current_stream(device)));
+  return result;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(atlas_kernels_cuda, CUDA, m) {
+  m.impl("compose", TORCH_BOX(&compose));
+  m.impl("coef_grad", TORCH_BOX(&coef_grad));
+  m.impl("bank_compose", TORCH_BOX(&bank_compose));
+  m.impl("bank_coef_grad", TORCH_BOX(&bank_coef_grad));
+}

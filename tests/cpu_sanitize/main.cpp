@@ -1,0 +1,61 @@
+// Runs the CPU kernels on heap blocks of exactly the bytes they may touch, aligned and not, for a
+// sanitizer to watch. ATLAS_CAPABILITY is the instruction set of the kernels it is linked to.
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <vector>
+
+#include "../../csrc/cpu/kernels.h"
+
+namespace {
+
+// `size` zero bytes, `shift` bytes into a heap block that ends with them.
+class Bytes {
+ public:
+  Bytes(int64_t size, int64_t shift)
+      : block_(static_cast<char*>(std::malloc(size + shift))), data_(block_ + shift) {
+    std::memset(block_, 0, size + shift);
+  }
+  Bytes(const Bytes&) = delete;
+  ~Bytes() { std::free(block_); }
+  char* data() { return data_; }
+
+ private:
+  char* block_;
+  char* data_;
+};
+
+}  // namespace
+
+int main() {
+  using namespace atlas;
+  const Kernels& kernels = atlas::ATLAS_CAPABILITY::kernels;
+  const DType dtypes[] = {DType::kFloat32, DType::kBFloat16, DType::kFloat16};
+  const int64_t lengths[] = {0, 1, 15, 16, 17, 333, 4095, 4096};
+  int64_t runs = 0;
+  for (DType wide : dtypes) {
+    for (DType dtype : dtypes) {
+      for (int64_t length : lengths) {
+        for (int64_t num_rows : {0, 1, 3, 8, 21}) {
+          for (int64_t shift : {0, 2, 16}) {
+            Bytes base(length * size_of(wide), shift), out(length * size_of(wide), shift);
+            Bytes row(length * size_of(dtype), shift), result(4 * num_rows, 0);
+            std::vector<Row> rows;
+            for (int64_t i = 0; i < num_rows; ++i) {
+              rows.push_back({row.data(), 0.5f, dtype, i});
+            }
+            for (bool stream : {false, true}) {
+              kernels.compose_tile(base.data(), out.data(), wide, rows.data(), num_rows, length,
+                                   stream);
+            }
+            kernels.dot_tile(base.data(), wide, rows.data(), num_rows, length,
+                             reinterpret_cast<float*>(result.data()));
+            ++runs;
+          }
+        }
+      }
+    }
+  }
+  kernels.fence();
+  std::printf("%lld runs\n", static_cast<long long>(runs));
+}

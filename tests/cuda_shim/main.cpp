@@ -1,0 +1,154 @@
+// Runs cases from a file through the host functions of kernels.h, on the CPU.
+//
+//   main CASES RESULTS forward|reverse
+//
+// A case is a sequence of 64-bit integers and raw arrays, as `Case` in test_cuda.py writes it.
+// Every array has a heap block of exactly its size, so that AddressSanitizer sees each step beyond
+// it.
+
+#include <cstring>
+#include <fstream>
+#include <iostream>
+#include <limits>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+#include "shim.h"
+
+namespace {
+
+using namespace atlas_kernels;
+
+enum Op : int64_t { kBankCompose, kBankCoefGrad, kCompose, kCoefGrad };
+
+class Array {
+ public:
+  // `skew`: bytes that the array starts after a 16-byte boundary.
+  Array(size_t size, size_t skew) : memory_(new char[size + skew]), skew_(skew), size_(size) {
+    std::memset(memory_.get(), 0xff, size + skew);  // NaN
+  }
+  char* data() const { return memory_.get() + skew_; }
+  size_t size() const { return size_; }
+
+ private:
+  std::unique_ptr<char[]> memory_;
+  size_t skew_;
+  size_t size_;
+};
+
+size_t bytes(int64_t count, Dtype dtype) { return count * (dtype == Dtype::kFloat32 ? 4 : 2); }
+
+class Reader {
+ public:
+  explicit Reader(const char* path) : file_(path, std::ios::binary) {}
+  bool done() { return file_.peek() == EOF; }
+  int64_t number() {
+    int64_t value;
+    file_.read(reinterpret_cast<char*>(&value), sizeof(value));
+    return value;
+  }
+  Array array(size_t size, size_t skew = 0) {
+    Array result(size, skew);
+    file_.read(result.data(), size);
+    return result;
+  }
+
+ private:
+  std::ifstream file_;
+};
+
+void check(cudaError_t error) {
+  if (error == cudaSuccess) return;
+  std::cerr << "launch failed: " << error << "\n";
+  std::exit(4);
+}
+
+// `far`: how many elements, left unmapped, the arena has before the first tile.
+void run_bank(Reader& in, std::ofstream& out, Op op) {
+  const auto source_dtype = static_cast<Dtype>(in.number());
+  const auto delta_dtype = static_cast<Dtype>(in.number());
+  const int64_t numel = in.number(), tiles = in.number(), blocks = in.number();
+  const int64_t vectors = in.number(), skew = in.number(), far = in.number();
+  const Array source = in.array(bytes(numel, source_dtype), bytes(skew, source_dtype));
+  const Array deltas = in.array(bytes(vectors * numel, delta_dtype), bytes(skew, delta_dtype));
+  const Array tile_block = in.array(4 * tiles);
+  const Array tile_offset = in.array(8 * (tiles + 1));
+  const Array block_tile = in.array(4 * (blocks + 1));
+  const Array coef = in.array(4 * vectors * blocks);
+
+  const Bank bank = {{source.data() - bytes(far, source_dtype), source_dtype},
+                     {deltas.data() - bytes(vectors * far, delta_dtype), delta_dtype},
+                     reinterpret_cast<const int32_t*>(tile_block.data()),
+                     reinterpret_cast<const int64_t*>(tile_offset.data()),
+                     tiles,
+                     blocks,
+                     vectors};
+  if (op == kBankCompose) {
+    const Array composed(source.size(), bytes(skew, source_dtype));
+    check(bank_compose(bank, reinterpret_cast<const float*>(coef.data()),
+                       composed.data() - bytes(far, source_dtype), nullptr));
+    out.write(composed.data(), composed.size());
+  } else {
+    const Array partials(4 * vectors * tiles, 0), result(4 * vectors * blocks, 0);
+    check(bank_coef_grad(bank, reinterpret_cast<const int32_t*>(block_tile.data()),
+                         reinterpret_cast<float*>(partials.data()),
+                         reinterpret_cast<float*>(result.data()), nullptr));
+    out.write(result.data(), result.size());
+  }
+}
+
+void run_list(Reader& in, std::ofstream& out, Op op) {
+  const int64_t blocks = in.number(), vectors = in.number(), far = in.number();
+  cuda_shim::first_block = static_cast<unsigned>(far / kTile);
+  std::vector<Array> arrays, targets;
+  std::vector<Operand> operands;
+  std::vector<int64_t> numel;
+  std::vector<void*> target_data;
+  for (int64_t k = 0; k < blocks * (vectors + 1); ++k) {
+    const auto dtype = static_cast<Dtype>(in.number());
+    const int64_t count = in.number(), skew = in.number();
+    arrays.push_back(in.array(bytes(count, dtype), bytes(skew, dtype)));
+    const void* data = arrays.back().data() - bytes(far, dtype);
+    operands.push_back({count == 0 ? nullptr : data, dtype});
+    if (k >= blocks) continue;
+    numel.push_back(count + far);
+    targets.emplace_back(bytes(count, dtype), bytes(skew, dtype));
+    target_data.push_back(targets.back().data() - bytes(far, dtype));
+  }
+  const Array coef = in.array(4 * vectors * blocks);
+
+  const List list = {operands.data(), numel.data(), operands.data() + blocks, blocks, vectors};
+  if (op == kCompose) {
+    const Array scratch(4 * compose_scratch(list), 0);
+    check(compose(list, reinterpret_cast<const float*>(coef.data()), target_data.data(),
+                  reinterpret_cast<float*>(scratch.data()), nullptr));
+    for (const Array& target : targets) out.write(target.data(), target.size());
+  } else {
+    const Array partials(4 * coef_grad_scratch(list), 0), result(4 * vectors * blocks, 0);
+    if (far > 0) std::memset(partials.data(), 0, partials.size());  // of the tiles that are skipped
+    check(coef_grad(list, reinterpret_cast<float*>(partials.data()),
+                    reinterpret_cast<float*>(result.data()), nullptr));
+    out.write(result.data(), result.size());
+  }
+  cuda_shim::first_block = 0;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc != 4) return 2;
+  Reader in(argv[1]);
+  std::ofstream out(argv[2], std::ios::binary);
+  cuda_shim::reverse_order = std::string(argv[3]) == "reverse";
+  while (!in.done()) {
+    const auto op = static_cast<Op>(in.number());
+    if (op == kBankCompose || op == kBankCoefGrad) {
+      run_bank(in, out, op);
+    } else {
+      run_list(in, out, op);
+    }
+  }
+  return 0;
+}

@@ -1,0 +1,342 @@
+import hashlib
+import importlib
+import os
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import need
+from torch import Tensor
+
+from atlas_kernels import reference
+from atlas_kernels.layout import TILE, Layout
+
+cpp = importlib.import_module("atlas_kernels.backends.cpp")
+OPS = torch.ops.atlas_kernels_cpp
+ROOT = Path(__file__).parent.parent
+FLOAT32, BFLOAT16, FLOAT16 = DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Around the 16 lanes, around a tile, and over several tiles.
+SHAPES = [(), (0,), (1,), (15,), (16,), (17,), (3, 5, 7), (TILE,), (TILE + 1,), (101, 103)]
+FLAGS = {
+    "baseline": [],
+    "avx2": ["-mavx2", "-mf16c"],
+    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl"],
+}
+
+
+@pytest.fixture(autouse=True)
+def _extension() -> None:
+    need("cpp")
+
+
+def capabilities() -> list[str]:
+    """The instruction sets of this machine, as PyTorch reports them."""
+    best = torch.backends.cpu.get_cpu_capability()
+    return ["baseline", *(["avx2"] * best.startswith("AVX")), *(["avx512"] * (best == "AVX512"))]
+
+
+def equal(left: Tensor, right: Tensor) -> bool:
+    """Bit equality, up to the payload of NaN."""
+    if left.dtype != right.dtype or left.shape != right.shape:
+        return False
+    bits = torch.int32 if left.dtype == FLOAT32 else torch.int16
+    same = left.contiguous().view(bits) == right.contiguous().view(bits)
+    return bool((same | (left.isnan() & right.isnan())).all())
+
+
+def digest(*tensors: Tensor) -> str:
+    sha = hashlib.sha256()
+    for tensor in tensors:
+        sha.update(bytes(tensor.contiguous().flatten().view(torch.uint8).tolist()))
+    return sha.hexdigest()
+
+
+def blocks(seed: int, num_vectors: int, num_blocks: int) -> tuple[list[Tensor], list[Tensor]]:
+    """B base blocks and N * B deltas of random shapes and dtypes, some absent."""
+    choose = random.Random(seed)
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [choose.choice(SHAPES) for _ in range(num_blocks)]
+
+    def tensor(shape: tuple[int, ...]) -> Tensor:
+        scale = 10.0 ** choose.randint(-6, 3)
+        return (scale * torch.randn(shape, generator=generator)).to(choose.choice(DTYPES))
+
+    base = [tensor(shape) for shape in shapes]
+    deltas = [
+        torch.empty(0) if choose.random() < 0.1 else tensor(shape)
+        for _ in range(num_vectors)
+        for shape in shapes
+    ]
+    return base, deltas
+
+
+def bank(
+    seed: int, num_vectors: int, shapes: list[tuple[int, ...]]
+) -> tuple[Layout, Tensor, Tensor]:
+    """A layout, one arena row and the deltas; padding included, all random."""
+    choose = random.Random(seed)
+    generator = torch.Generator().manual_seed(seed)
+    layout = Layout.from_shapes(shapes)
+    arena = torch.randn(layout.numel, generator=generator).to(choose.choice(DTYPES))
+    deltas = torch.randn(num_vectors * layout.numel, generator=generator)
+    return layout, arena, deltas.to(choose.choice(DTYPES))
+
+
+@given(st.integers(0, 2**32), st.integers(0, 22), st.integers(1, 5))
+def test_list_forward_equals_the_reference(seed: int, num_vectors: int, num_blocks: int) -> None:
+    base, deltas = blocks(seed, num_vectors, num_blocks)
+    coef = torch.randn(num_vectors, num_blocks, generator=torch.Generator().manual_seed(seed))
+    composed = OPS.compose(base, deltas, coef)
+    expected = reference.compose(base, deltas, coef)
+    assert all(map(equal, composed, expected))
+
+
+@given(st.integers(0, 2**32), st.integers(0, 22), st.lists(st.sampled_from(SHAPES), max_size=5))
+def test_bank_forward_equals_the_reference(
+    seed: int, num_vectors: int, shapes: list[tuple[int, ...]]
+) -> None:
+    layout, base, deltas = bank(seed, num_vectors, shapes)
+    coef = torch.randn(num_vectors, len(shapes), generator=torch.Generator().manual_seed(seed))
+    args = base, deltas, coef, layout.tile_block, layout.tile_offset
+    assert equal(OPS.bank_compose(*args), reference.bank_compose(*args))
+
+
+@given(st.integers(0, 2**32), st.integers(1, 22))
+def test_both_forms_give_the_same_gradient(seed: int, num_vectors: int) -> None:
+    layout, grad, deltas = bank(seed, num_vectors, [(TILE + 32, 2)])
+    rows = torch.empty(num_vectors, layout.numel, dtype=deltas.dtype)
+    for start, end in zip(layout.tile_offset, layout.tile_offset[1:], strict=False):
+        tile = deltas[num_vectors * start : num_vectors * end].view(num_vectors, -1)
+        rows[:, start:end] = tile
+    tables = layout.tile_block, layout.tile_offset, layout.block_tile
+    from_bank = OPS.bank_coef_grad(grad, deltas, *tables, num_vectors, FLOAT32)
+    assert equal(from_bank, OPS.coef_grad([grad], list(rows), FLOAT32))
+
+
+@pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT16])
+def test_every_16_bit_value_is_read_exactly(dtype: torch.dtype) -> None:
+    values = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
+    (composed,) = OPS.compose([torch.zeros(2**16)], [values], torch.ones(1, 1))
+    # -0.0 + 0.0 is 0.0: hence the sum.
+    assert equal(composed, values.float() + 0.0)
+
+
+@pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT16])
+def test_every_rounding_is_to_nearest_even(dtype: torch.dtype) -> None:
+    # Each value of the dtype, the midpoint to the next, and the neighbours of both in float32.
+    values = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype).float()
+    bits = values.view(torch.int32)[:, None]
+    near = [0, 1, -1, 0x0800, 0x1000, 0x0FFF, 0x1001, 0x8000, 0x7FFF, 0x8001]
+    floats = (bits + torch.tensor(near, dtype=torch.int32)).view(FLOAT32).flatten()
+    base = torch.zeros(floats.numel(), dtype=dtype)
+    (composed,) = OPS.compose([base], [floats], torch.ones(1, 1))
+    assert equal(composed, (floats + 0.0).to(dtype))
+
+
+def workload() -> str:
+    """A digest of both directions of both forms, over all dtypes and group sizes."""
+    results = []
+    for seed in range(12):
+        num_vectors = (1, 2, 3, 4, 5, 7, 8, 9, 13, 16, 21, 22)[seed]
+        base, deltas = blocks(seed, num_vectors, 4)
+        coef = torch.randn(num_vectors, 4, generator=torch.Generator().manual_seed(seed))
+        results += OPS.compose(base, deltas, coef)
+        results.append(OPS.coef_grad(base, deltas, FLOAT32))
+        layout, arena, flat = bank(seed, num_vectors, [(333, 99), (7,), (TILE,)])
+        tables = layout.tile_block, layout.tile_offset
+        results.append(OPS.bank_compose(arena, flat, coef[:, :3].contiguous(), *tables))
+        results.append(
+            OPS.bank_coef_grad(arena, flat, *tables, layout.block_tile, num_vectors, FLOAT32)
+        )
+    for dtype in (BFLOAT16, FLOAT16):
+        special = torch.tensor([torch.inf, -torch.inf, 65519.0, 65520.0, 1e-7, 3e-8, 2e-8, -1e-40])
+        ones = torch.ones(1, 1)
+        results += OPS.compose([torch.zeros(8, dtype=dtype)], [special], ones)
+        results += OPS.compose([torch.zeros(8)], [special.to(dtype)], ones)
+    return digest(*results)
+
+
+def run_workload(capability: str) -> subprocess.CompletedProcess[str]:
+    code = (
+        "from atlas_kernels.backends import cpp; cpp.register()\n"
+        "import test_cpp; print(test_cpp.workload())"
+    )
+    env = {
+        **os.environ,
+        "ATLAS_KERNELS_CPU_CAPABILITY": capability,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+    }
+    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+
+
+def test_every_instruction_set_gives_the_same_bits() -> None:
+    digests = {}
+    for capability in capabilities():
+        result = run_workload(capability)
+        assert result.returncode == 0, result.stderr
+        digests[capability] = result.stdout.strip()
+    assert set(digests.values()) == {workload()}, digests
+
+
+def test_unknown_instruction_set() -> None:
+    result = run_workload("avx3")
+    assert "ATLAS_KERNELS_CPU_CAPABILITY=avx3: expected baseline, avx2 or avx512" in result.stderr
+
+
+def test_every_number_of_threads_gives_the_same_bits() -> None:
+    # Large enough for seven threads, with blocks of very unequal size.
+    shapes = [(3,), (1999, 1001), (TILE,), (77, 501)]
+    layout, grad, flat = bank(0, 3, shapes)
+    wide = [torch.randn(shape) for shape in shapes]
+    deltas = [torch.randn(shape).bfloat16() for _ in range(3) for shape in shapes]
+    coef = torch.randn(3, 4)
+    tables = layout.tile_block, layout.tile_offset
+    before = torch.get_num_threads()
+    digests = {}
+    try:
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            digests[threads] = digest(
+                OPS.coef_grad(wide, deltas, FLOAT32),
+                OPS.bank_coef_grad(grad, flat, *tables, layout.block_tile, 3, FLOAT32),
+                *(composed[:7] for composed in OPS.compose(wide, deltas, coef)),
+                OPS.bank_compose(grad, flat, coef, *tables)[-999:],
+            )
+    finally:
+        torch.set_num_threads(before)
+    assert len(set(digests.values())) == 1, digests
+
+
+def strided(form: str, tensor: Tensor) -> Tensor:
+    """The same values, lying differently."""
+    if form == "unaligned":
+        return torch.cat([tensor.new_zeros(1), tensor.flatten()])[1:].view(tensor.shape)
+    if form == "sliced":
+        return torch.stack([tensor, tensor], -1)[..., 0]
+    return tensor.t().contiguous().t()
+
+
+@pytest.mark.parametrize("form", ["unaligned", "sliced", "transposed"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tensors_are_read_where_they_lie(form: str, dtype: torch.dtype) -> None:
+    shapes = [(5, 7), (67, 129), (1, 1)]
+    base = [torch.randn(shape).to(dtype) for shape in shapes]
+    deltas = [torch.randn(shape).to(dtype) for _ in range(5) for shape in shapes]
+    coef = torch.randn(5, 3)
+    moved = [strided(form, block) for block in base], [strided(form, delta) for delta in deltas]
+    assert all(map(equal, OPS.compose(*moved, coef), OPS.compose(base, deltas, coef)))
+    assert all(block.is_contiguous() for block in OPS.compose(*moved, coef))
+    expected = OPS.coef_grad(base, deltas, FLOAT32)
+    assert equal(OPS.coef_grad(*moved, FLOAT32), expected)
+
+
+def test_large_outputs_do_not_share_memory() -> None:
+    # Beyond 1 MiB outputs reuse the memory of freed ones, never of living ones.
+    base = [torch.full((2**19,), float(k)) for k in range(3)]
+    absent = [torch.empty(0)] * 3
+    coef = torch.ones(1, 3)
+    first = OPS.compose(base, absent, coef)
+    kept = first[1]
+    addresses = {block.data_ptr() for block in first}
+    del first
+    second = OPS.compose(base, absent, coef)
+    third = OPS.compose(base, absent, coef)
+    living = [kept, *second, *third]
+    assert len({block.data_ptr() for block in living}) == len(living)
+    assert addresses & {block.data_ptr() for block in second}
+    assert equal(kept, base[1])
+    assert all(map(equal, second, base))
+    assert all(map(equal, third, base))
+    assert kept.device == base[0].device
+    assert kept.storage_offset() == 0
+
+
+def test_offsets_beyond_32_bits() -> None:
+    # Untouched anonymous memory reads as one shared page of zeros: 4 GiB cost nothing.
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    length = 2**31 + 64
+    wide = torch.empty(length, dtype=BFLOAT16)
+    wide[-1] = 3.0
+    wide[length - 2**31 - 1] = 2.0  # where a 32-bit offset would wrap to
+    assert OPS.coef_grad([wide], [wide], FLOAT32).item() == 13.0
+    layout = Layout.from_shapes([(length - 64,), (64,)])
+    tables = layout.tile_block, layout.tile_offset, layout.block_tile
+    assert OPS.bank_coef_grad(wide, wide, *tables, 1, FLOAT32).tolist() == [[4.0, 9.0]]
+
+
+def operator_arguments() -> dict[str, tuple[Any, ...]]:
+    base, deltas = blocks(3, 2, 4)
+    layout, arena, flat = bank(3, 2, [(70, 70), (), (0,), (5,)])
+    coef = torch.randn(2, 4)
+    tables = layout.tile_block, layout.tile_offset
+    return {
+        "compose": (base, deltas, coef),
+        "coef_grad": (base, deltas, FLOAT32),
+        "bank_compose": (arena, flat, coef, *tables),
+        "bank_coef_grad": (arena, flat, *tables, layout.block_tile, 2, FLOAT32),
+    }
+
+
+@pytest.mark.parametrize("name", ["compose", "coef_grad", "bank_compose", "bank_coef_grad"])
+def test_opcheck(name: str) -> None:
+    cpp.register()
+    torch.library.opcheck(getattr(OPS, name).default, operator_arguments()[name])
+
+
+def test_tables_that_do_not_fit_are_refused() -> None:
+    base, deltas, coef, tile_block, tile_offset = operator_arguments()["bank_compose"]
+    with pytest.raises(RuntimeError, match="tile_offset does not fit"):
+        OPS.bank_compose(base[:-16], deltas[:-32], coef, tile_block, tile_offset)
+    with pytest.raises(RuntimeError, match="tile 0 has 4912"):
+        OPS.bank_compose(base, deltas, coef, tile_block[1:], tile_offset[[0, 2, 3, 4]])
+    with pytest.raises(RuntimeError, match="tile_block does not fit coef"):
+        OPS.bank_compose(base, deltas, coef, tile_block + 1, tile_offset)
+    with pytest.raises(RuntimeError, match="shape of its block"):
+        OPS.compose([torch.ones(2, 3)], [torch.ones(3, 2)], torch.ones(1, 1))
+    with pytest.raises(RuntimeError, match="expected float32, bfloat16 or float16"):
+        OPS.compose([torch.ones(2)], [torch.ones(2).double()], torch.ones(1, 1))
+
+
+def test_missing_binary(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(cpp, "_BINARY", tmp_path / "_cpp.abi3.so")
+    reason = cpp.unavailable()
+    assert reason.startswith("the C++ extension is not built: install a C++17 compiler")
+    assert "pip install --no-build-isolation" in reason
+
+
+def test_binary_that_does_not_load(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    broken = tmp_path / "_cpp.abi3.so"
+    broken.write_bytes(b"not a library")
+    monkeypatch.setattr(cpp, "_BINARY", broken)
+    cpp._load.cache_clear()
+    try:
+        reason = cpp.unavailable()
+    finally:
+        cpp._load.cache_clear()
+    # The loader's own words are part of it.
+    assert "does not load into PyTorch" in reason
+    assert "file too short" in reason or "invalid ELF header" in reason
+    assert "\n" not in reason
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+@pytest.mark.parametrize("capability", list(FLAGS))
+def test_kernels_under_sanitizers(capability: str, tmp_path: Path) -> None:
+    if capability not in capabilities():
+        pytest.skip(f"this machine has no {capability}")
+    binary = tmp_path / "kernels"
+    sources = [ROOT / "csrc/cpu/kernels.cpp", ROOT / "tests/cpu_sanitize/main.cpp"]
+    flags = ["-std=c++17", "-O0", "-g", "-ffp-contract=off", f"-DATLAS_CAPABILITY={capability}"]
+    sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    compiler = ["g++", *flags, *sanitize, *FLAGS[capability]]
+    subprocess.run([*compiler, *map(str, sources), "-o", str(binary)], check=True)
+    result = subprocess.run([str(binary)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "1080 runs\n"

@@ -1,0 +1,30 @@
+"""Every example that a reader may paste runs: docstrings, and the README's code."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+MODULES = ("backends", "bank", "compose", "composed", "learn.few_shot", "task_vector")
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstrings(name: str) -> None:
+    result = doctest.testmod(importlib.import_module(f"atlas_kernels.{name}"))
+    assert result.attempted > 0
+    assert result.failed == 0
+
+
+def test_readme() -> None:
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    assert len(blocks) == 2
+    scope: dict[str, object] = {}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), scope)
+    gradient = scope["composed"].coef.grad
+    assert gradient.abs().sum() > 0

@@ -1,0 +1,394 @@
+"""The trainer's rules, the presets, few-shot sampling, and the search baselines."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import atlas_kernels as ak
+from atlas_kernels.learn import (
+    ImageBatches,
+    Recipe,
+    accuracy,
+    classify,
+    isotropic,
+    learn,
+    oversample,
+    sample_shots,
+    search,
+    single_vector,
+)
+from atlas_kernels.learn.trainer import cosine, scale_gradients
+
+
+@dataclass
+class Problem:
+    """Three linearly separable classes, a linear model, and task vectors that can solve them."""
+
+    model: ak.ComposedModel
+    batches: ImageBatches
+    evaluate: Callable[[nn.Module], float]
+
+
+def identity(images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    return images
+
+
+def make_problem(granularity: str = "block", vectors: int = 6) -> Problem:
+    torch.manual_seed(1)
+    inputs, truth = torch.randn(300, 5), torch.randn(3, 5)
+    labels = (inputs @ truth.T).argmax(1)
+    module = nn.Sequential(nn.Dropout(0.1), nn.Linear(5, 3))
+    base = module.state_dict()
+    tasks = []
+    for i in range(vectors):
+        tuned = {key: value + torch.randn_like(value) for key, value in base.items()}
+        # Noisy pieces of the solution: no single one is enough.
+        tuned["1.weight"] += truth * torch.rand(())
+        tasks.append(ak.TaskVector.from_state_dicts(base, tuned, name=f"v{i}"))
+    bank = ak.TaskVectorBank.from_task_vectors(module, tasks)
+    return Problem(
+        ak.ComposedModel(module, bank, granularity=granularity),
+        ImageBatches(inputs[:200], labels[:200], 32, identity, seed=3),
+        lambda model: accuracy(model, inputs[200:], labels[200:], identity),
+    )
+
+
+class Constant:
+    """Batches that carry nothing."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def epoch(self, index: int) -> range:
+        return range(self.steps)
+
+
+class Scalars(nn.Module):
+    """A model that is its parameters."""
+
+    def __init__(self, *values: float) -> None:
+        super().__init__()
+        self.values = nn.Parameter(torch.tensor(values))
+
+
+@pytest.mark.parametrize("granularity", ["block", "task"])
+@pytest.mark.parametrize("preset", ["clean", "official"])
+def test_learning_lowers_the_loss_and_raises_the_score(granularity: str, preset: str) -> None:
+    problem = make_problem(granularity)
+    recipe = Recipe(epochs=8, lr=0.05, preset=preset)
+    start = problem.evaluate(problem.model)
+    learned = learn(
+        problem.model, classify, problem.batches, recipe, evaluate=problem.evaluate, progress=False
+    )
+    losses = [record["loss"] for record in learned.history[1:]]
+    assert losses[-1] < 0.9 * losses[0]
+    assert learned.improved
+    assert learned.score > start + 0.1
+    assert problem.evaluate(problem.model) == learned.score
+    assert torch.equal(problem.model.coef, learned.parameters["coef"])
+    assert not problem.model.training
+
+
+def test_the_best_epoch_is_kept_and_ties_keep_the_earlier() -> None:
+    problem = make_problem()
+    scores = iter([0.2, 0.1, 0.5, 0.5, 0.3])
+    seen: list[Tensor] = []
+
+    def evaluate(model: nn.Module) -> float:
+        seen.append(problem.model.coef.detach().clone())
+        return next(scores)
+
+    learned = learn(
+        problem.model,
+        classify,
+        problem.batches,
+        Recipe(epochs=4),
+        evaluate=evaluate,
+        progress=False,
+    )
+    assert (learned.epoch, learned.score) == (2, 0.5)
+    assert torch.equal(problem.model.coef, seen[2])
+    assert not torch.equal(seen[2], seen[3])
+
+
+def test_without_an_improvement_the_model_stays_the_base() -> None:
+    problem = make_problem()
+    scores = iter([0.5, 0.5, 0.4])
+    learned = learn(
+        problem.model,
+        classify,
+        problem.batches,
+        Recipe(epochs=2),
+        evaluate=lambda _: next(scores),
+        progress=False,
+    )
+    assert not learned.improved
+    assert not problem.model.coef.any()
+
+
+@pytest.mark.parametrize("stop_after", [1, 2, 4])
+def test_an_interrupted_run_resumes_to_the_same_bits(stop_after: int, tmp_path: Path) -> None:
+    recipe = Recipe(epochs=4)
+    whole = make_problem()
+    expected = learn(
+        whole.model, classify, whole.batches, recipe, evaluate=whole.evaluate, progress=False
+    )
+    first = make_problem()
+    calls = 0
+
+    def interrupted(model: nn.Module) -> float:
+        nonlocal calls
+        calls += 1
+        if calls > stop_after:
+            raise KeyboardInterrupt
+        return first.evaluate(model)
+
+    file = tmp_path / "run.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        learn(
+            first.model,
+            classify,
+            first.batches,
+            recipe,
+            evaluate=interrupted,
+            resume=file,
+            progress=False,
+        )
+    assert file.is_file() == (stop_after > 1)
+    torch.manual_seed(99)  # The caller's random state must not matter.
+    second = make_problem()
+    resumed = learn(
+        second.model,
+        classify,
+        second.batches,
+        recipe,
+        evaluate=second.evaluate,
+        resume=file,
+        progress=False,
+    )
+    assert torch.equal(resumed.parameters["coef"], expected.parameters["coef"])
+    for ours, theirs in zip(resumed.history[1:], expected.history[1:], strict=True):
+        assert (ours["loss"], ours["score"]) == (theirs["loss"], theirs["score"])
+
+
+def test_the_state_of_another_run_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "run.safetensors"
+    recipe = Recipe(epochs=1)
+    problem = make_problem()
+    arguments = {"evaluate": problem.evaluate, "resume": file, "progress": False}
+    learn(problem.model, classify, problem.batches, recipe, **arguments)
+    with pytest.raises(ValueError, match="another run"):
+        learn(problem.model, classify, problem.batches, replace(recipe, lr=0.2), **arguments)
+    isotropic_model = make_problem("task").model
+    with pytest.raises(ValueError, match="another run"):
+        learn(isotropic_model, classify, problem.batches, recipe, **arguments)
+
+
+def test_one_composition_per_step_and_per_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = make_problem()
+    count = 0
+    compose = ak.TaskVectorBank.compose
+
+    def counted(*args: object, **kwargs: object) -> dict[str, Tensor]:
+        nonlocal count
+        count += 1
+        return compose(*args, **kwargs)
+
+    def twice(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return classify(model, batch) + classify(model, batch)
+
+    def evaluate_twice(model: nn.Module) -> float:
+        return problem.evaluate(model) + problem.evaluate(model)
+
+    monkeypatch.setattr(ak.TaskVectorBank, "compose", counted)
+    epochs = 2
+    learn(
+        problem.model,
+        twice,
+        problem.batches,
+        Recipe(epochs=epochs),
+        evaluate=evaluate_twice,
+        progress=False,
+    )
+    assert count == epochs * len(problem.batches) + epochs + 1
+
+
+def test_official_ignores_the_scale_of_the_loss() -> None:
+    """While the gradient's norm exceeds 2^-16, a power of two in the loss changes no bit."""
+    results = []
+    for scale in (1.0, 1024.0):
+        problem = make_problem()
+        learned = learn(
+            problem.model,
+            lambda model, batch, scale=scale: scale * classify(model, batch),
+            problem.batches,
+            Recipe(epochs=2, preset="official"),
+            evaluate=problem.evaluate,
+            progress=False,
+        )
+        results.append(learned.parameters["coef"])
+    assert torch.equal(*results)
+    assert results[0].any()
+
+
+@given(
+    st.lists(st.floats(-10, 10, width=32), min_size=1, max_size=5),
+    st.sampled_from([1.0, 65536.0]),
+)
+def test_gradient_scaling(values: list[float], loss_scale: float) -> None:
+    model = Scalars(*values)
+    (model.values**2 / 2).sum().backward()
+    gradient = torch.tensor(values, dtype=torch.float64)
+    norm = gradient.norm().item()
+    expected = gradient * min(1.0, 1 / (loss_scale * norm)) if norm else gradient
+    scale_gradients([model.values], loss_scale)
+    # Norm, reciprocal, two products: a handful of float32 roundings, relative.
+    torch.testing.assert_close(model.values.grad.double(), expected, rtol=1e-6, atol=1e-30)
+
+
+@pytest.mark.parametrize(("steps", "factor"), [(100, 0.602), (500, 0.081), (1000, 0.0066)])
+def test_weight_decay_under_cosine(steps: int, factor: float) -> None:
+    """A coefficient without gradient shrinks as atlas.md 1.3 says: prod(1 - lr_t * wd)."""
+    model = Scalars(1.0)
+    rising = iter(range(100))
+    learned = learn(
+        model,
+        lambda m, _: 0 * m.values.sum(),
+        Constant(steps),
+        Recipe(epochs=1, lr=0.1, weight_decay=0.1),
+        evaluate=lambda _: float(next(rising)),
+        progress=False,
+    )
+    exact = math.prod(1 - 0.1 * 0.1 * cosine(t, steps) for t in range(steps))
+    assert learned.parameters["values"].item() == pytest.approx(exact, rel=1e-4)
+    assert exact == pytest.approx(factor, rel=0.01)
+
+
+def test_constant_schedule_keeps_the_rate() -> None:
+    model = Scalars(1.0)
+    rising = iter(range(100))
+    learned = learn(
+        model,
+        lambda m, _: 0 * m.values.sum(),
+        Constant(10),
+        Recipe(epochs=1, lr=0.1, weight_decay=0.1, schedule="constant"),
+        evaluate=lambda _: float(next(rising)),
+        progress=False,
+    )
+    assert learned.parameters["values"].item() == pytest.approx(0.99**10, rel=1e-5)
+
+
+def test_bad_recipes_and_models_are_refused() -> None:
+    for change in ({"epochs": -1}, {"lr": 0.0}, {"schedule": "linear"}, {"preset": "none"}):
+        with pytest.raises(ValueError, match=next(iter(change))):
+            Recipe(**change)
+    frozen = Scalars(1.0).requires_grad_(False)
+    with pytest.raises(ValueError, match="nothing to learn"):
+        learn(frozen, classify, Constant(1), Recipe(), evaluate=lambda _: 0.0, progress=False)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run() -> None:
+    model = Scalars(1.0)
+    with pytest.raises(FloatingPointError, match="step 1 of epoch 1"):
+        learn(
+            model,
+            lambda m, _: m.values.sum() / 0,
+            Constant(1),
+            Recipe(epochs=1),
+            evaluate=lambda _: 0.0,
+            progress=False,
+        )
+
+
+def test_randomness_in_the_model_is_seeded_and_leaves_the_caller_alone() -> None:
+    results = []
+    for noise in (0, 1):
+        problem = make_problem()
+        torch.manual_seed(noise)
+        before = torch.get_rng_state()
+        learned = learn(
+            problem.model,
+            classify,
+            problem.batches,
+            Recipe(epochs=1),
+            evaluate=problem.evaluate,
+            progress=False,
+        )
+        assert torch.equal(torch.get_rng_state(), before)
+        results.append([record["loss"] for record in learned.history[1:]])
+    assert results[0] == results[1]
+
+
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=60), st.integers(1, 6), st.integers(0, 5))
+def test_shots(labels: list[int], shots: int, seed: int) -> None:
+    targets = torch.tensor(labels)
+    chosen = sample_shots(targets, shots, seed)
+    assert torch.equal(chosen, sample_shots(targets, shots, seed))
+    assert len(chosen.unique()) == len(chosen)
+    for label in set(labels):
+        assert int((targets[chosen] == label).sum()) == min(shots, labels.count(label))
+
+
+def test_shots_depend_on_the_seed() -> None:
+    labels = torch.zeros(1000, dtype=torch.int64)
+    assert not torch.equal(sample_shots(labels, 5, 0), sample_shots(labels, 5, 1))
+    with pytest.raises(ValueError, match="at least 1"):
+        sample_shots(labels, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("count", "batch", "repeats"), [(10, 128, 129), (160, 32, 3), (320, 32, 1), (319, 32, 2)]
+)
+def test_tiny_sets_are_repeated(count: int, batch: int, repeats: int) -> None:
+    indices = torch.arange(count) + 7
+    repeated = oversample(indices, batch)
+    assert torch.equal(repeated.bincount(minlength=7)[7:], torch.full((count,), repeats))
+
+
+def test_an_epoch_visits_every_index_once_in_an_order_of_its_own() -> None:
+    labels = torch.arange(23)
+    batches = ImageBatches(labels.float(), labels, 5, identity, seed=0)
+    epochs = [torch.cat([y for _, y in batches.epoch(e)]) for e in (0, 1, 0)]
+    assert len(batches) == len(list(batches.epoch(0))) == 5
+    assert torch.equal(epochs[0].sort().values, labels)
+    assert torch.equal(epochs[0], epochs[2])
+    assert not torch.equal(epochs[0], epochs[1])
+    other = ImageBatches(labels.float(), labels, 5, identity, seed=1)
+    assert not torch.equal(torch.cat([y for _, y in other.epoch(0)]), epochs[0])
+    chosen = ImageBatches(labels.float(), labels, 5, identity, 0, torch.tensor([3, 3, 9]))
+    images, targets = next(iter(chosen.epoch(0)))
+    assert sorted(targets.tolist()) == [3, 3, 9]
+    assert torch.equal(images.long(), targets)
+
+
+def test_accuracy_counts_the_last_partial_batch() -> None:
+    logits = torch.eye(4)
+    labels = torch.tensor([0, 1, 0, 3])
+    assert accuracy(nn.Identity(), logits, labels, identity, batch_size=3) == 0.75
+    with pytest.raises(ValueError, match="at least one image"):
+        accuracy(nn.Identity(), logits[:0], labels[:0], identity)
+
+
+def test_search_keeps_the_first_best_candidate() -> None:
+    problem = make_problem("task", vectors=2)
+    model = problem.model
+    assert [c.tolist() for c in isotropic(model.coef, (0.0, 0.5))] == [[0, 0], [0.5, 0.5]]
+    candidates = list(single_vector(model.coef, (0.0, 0.5, 1.0)))
+    assert [c.tolist() for c in candidates] == [[0, 0], [0.5, 0], [1, 0], [0, 0.5], [0, 1]]
+    best, score = search(model, candidates, lambda: -abs(float(model.coef.detach().sum()) - 0.5))
+    assert (best.tolist(), score) == ([0.5, 0], 0.0)
+    assert torch.equal(model.coef, best)
+    with pytest.raises(ValueError, match="at least one candidate"):
+        search(model, [], lambda: 0.0)

@@ -1,0 +1,180 @@
+"""Deliberately broken kernels: the checks of the Triton kernels can fail, each for its reason."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import test_triton as values
+import test_triton_codegen as code
+import torch
+from test_triton_codegen import Compiled, Job
+
+pytestmark = values.pytestmark
+if importlib.util.find_spec("triton") is not None:
+    from atlas_kernels.backends.triton import kernels, ops
+
+BF16, F32 = torch.bfloat16, torch.float32
+
+
+def broken(folder: Path, name: str, old: str, new: str) -> Path:
+    """The file of kernels with one piece of text replaced, wherever it stands."""
+    text = Path(kernels.__file__).read_text()
+    assert old in text, "the kernels have changed: adapt this mutation"
+    path = folder / f"broken_{name}.py"
+    path.write_text(text.replace(old, new))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "check"),
+    [
+        (
+            "tile_map_of_bank",
+            "tl.load(p_tile_block + i_t)\n    start = tl.mul",
+            "tl.load(p_tile_block + i_t // 2)\n    start = tl.mul",
+            lambda: values.check_bank(2, F32, BF16),
+        ),
+        (
+            "tile_of_bank",
+            "i_t = tl.program_id(0) // (STORED // TILE)",
+            "i_t = tl.program_id(0) // TILE",
+            lambda: values.check_bank(2, F32, BF16),
+        ),
+        (
+            "row_of_bank",
+            "p_rows + i * length",
+            "p_rows",
+            lambda: values.check_bank(2, F32, BF16),
+        ),
+        (
+            "tile_of_list",
+            "start = (i_t - tl.load(p_block_tile + i_b))",
+            "start = 0 * (i_t - tl.load(p_block_tile + i_b))",
+            lambda: values.check_list(2, F32, BF16, "plain"),
+        ),
+        (
+            "last_tile_not_summed",
+            "o < end, other=0)\n    tl.store",
+            "o < end - 1, other=0)\n    tl.store",
+            lambda: values.check_list(2, F32, BF16, "plain"),
+        ),
+        (
+            "last_column_of_narrow_steps",
+            "range(0, length, STEP)",
+            "range(0, length - 1, STEP)",
+            lambda: values.check_list(2, F32, BF16, "offset"),
+        ),
+        (
+            "rounding",
+            "if INTERPRETED and",
+            "if not INTERPRETED and",
+            lambda: values.check_bank(2, BF16, BF16),
+        ),
+        (
+            "rounding_of_every_sum",
+            "b_acc += tl.load(p_coef + i * stride) * _row(p_rows, i, length, o, m)",
+            "b_acc = (b_acc + tl.load(p_coef + i * stride) * _row(p_rows, i, length, o, m))"
+            ".to(tl.float16).to(tl.float32)",
+            lambda: values.check_bank(2, F32, BF16),
+        ),
+    ],
+)
+def test_wrong_values_are_noticed(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    name: str,
+    old: str,
+    new: str,
+    check: Callable[[], None],
+) -> None:
+    check()
+    module = code.module_from(broken(tmp_path, name, old, new))
+    monkeypatch.setattr(ops, "kernels", module)
+    with pytest.raises(AssertionError):
+        check()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="uses fork and mmap of Linux")
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [
+        ("tile_mask", "m = o < length", "m = o < 4096"),
+        ("absent_mask", "m & (a_delta != 0)", "m"),
+        ("last_tiles_mask", "mask=o < end, other=0", "mask=o >= 0, other=0"),
+        ("store_mask", "_narrowed(b_values, DTYPE), mask=m", "_narrowed(b_values, DTYPE)"),
+    ],
+)
+def test_stray_accesses_are_noticed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, old: str, new: str
+) -> None:
+    module = code.module_from(broken(tmp_path, name, old, new))
+    monkeypatch.setattr(ops, "kernels", module)
+    with pytest.raises(AssertionError):
+        values.check_fences()
+
+
+FLAWS = {
+    "offset_32": (
+        "p_rows + i * length", "p_rows + i * length.to(tl.int32)", code.check_offsets,
+        ("bank_compose_kernel", "bank_partial_kernel"),
+    ),
+    "length_hint": (
+        "end = tl.multiple_of(tl.load(p_tile_offset + i_t + 1), 16)",
+        "end = tl.load(p_tile_offset + i_t + 1)",
+        code.check_widths,
+        ("bank_compose_kernel", "bank_partial_kernel"),
+    ),
+    "address_hint": (
+        "p_tensor = tl.multiple_of(p_tensor, 16)", "p_tensor = p_tensor", code.check_widths,
+        ("compose_kernel", "partial_kernel"),
+    ),
+    "truncation": (
+        "b_wide.to(DTYPE)", 'b_wide.to(DTYPE, fp_downcast_rounding="rtz")', code.check_rounding,
+        ("bank_compose_kernel", "compose_kernel"),
+    ),
+}  # fmt: skip
+
+
+def test_flaws_of_the_code_are_noticed(tmp_path: Path) -> None:
+    jobs = [
+        Job("sm_90", (9,), (("bf16", "bf16"),), str(broken(tmp_path, name, old, new)))
+        for name, (old, new, _, _) in FLAWS.items()
+    ]
+    # 128 elements per thread.
+    jobs.append(Job("sm_90", (9,), (("fp32", "bf16"),), launch=(4096, 1, 0)))
+    *results, crowded = code.compiled_elsewhere(*jobs)
+    for (_, _, check, guilty), compiled in zip(FLAWS.values(), results, strict=True):
+        assert noticed_in(compiled, check) == set(guilty)
+    assert noticed_in(crowded, code.check_spills) == {"bank_compose_kernel", "compose_kernel"}
+
+
+def noticed_in(compiled: list[Compiled], check: Callable[[Compiled], Any]) -> set[str]:
+    """The kernels for which a check fails."""
+
+    def fails(it: Compiled) -> bool:
+        try:
+            check(it)
+        except AssertionError:
+            return True
+        return False
+
+    return {it.kernel for it in compiled if fails(it)}
+
+
+def test_conversions_in_loops_are_counted() -> None:
+    text = """
+    %0 = ttg.convert_layout %a
+    %1 = scf.for %i = %x to %y {
+      scf.if %c {
+        %2 = ttg.convert_layout %b
+      } else {
+      }
+    } {attributes}
+    %3 = ttg.convert_layout %1
+    """
+    assert code.in_loops(text, "convert_layout") == 1

@@ -1,0 +1,359 @@
+"""Every Triton kernel and configuration, compiled ahead of time for GPUs that are not here.
+
+Run as a script, this file compiles for the architectures of its arguments and prints what it found
+in the machine code: pytest runs Triton in its interpreter, so compilation needs another process.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
+COUNTS = (1, 8, 21, 64)
+NAMES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PAIRS = (
+    ("fp32", "fp32"), ("fp32", "bf16"), ("fp32", "fp16"), ("bf16", "bf16"), ("mixed", "mixed"),
+)  # fmt: skip
+RARE_PAIRS = (("bf16", "fp32"), ("bf16", "fp16"), ("fp16", "fp16"))
+# Per thread. 72 leave 28 of the 64 warps of an NVIDIA multiprocessor, 96 five of the eight of a
+# gfx942 SIMD: with 16 bytes per thread in flight, 14 and 20 KB per multiprocessor for each vector.
+# Kernels for mixed dtypes have a branch per dtype and may take 96 on either.
+CEILING = {"sm": 72, "gfx": 96, "mixed": 96}
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="Triton is not installed"
+)
+
+
+@dataclass
+class Compiled:
+    """What the machine code of one kernel contains, and what it was compiled for."""
+
+    architecture: str
+    kernel: str
+    count: int
+    base: str
+    delta: str
+    hash: str
+    tile: int
+    unroll: int
+    threads: int
+    registers: int
+    spilled_bytes: int
+    accesses: dict[str, int]
+    products_32: int
+    conversions_in_loops: int
+    rounds_to_nearest: bool
+
+    def wide(self, kind: str) -> int:
+        """128-bit loads or stores in global memory."""
+        return sum(
+            number
+            for name, number in self.accesses.items()
+            if re.fullmatch(PATTERNS[kind], name) and re.search(r"128|dwordx4", name)
+        )
+
+    def narrow(self, kind: str) -> int:
+        """All other loads or stores, those of the scalar unit excepted."""
+        pattern = PATTERNS[kind]
+        every = sum(n for name, n in self.accesses.items() if re.fullmatch(pattern, name))
+        return every - self.wide(kind)
+
+    def per_thread(self, dtype: str) -> int:
+        """128-bit accesses in which a thread moves its share of a tile."""
+        return self.tile * NAMES[dtype].itemsize // (16 * self.threads)
+
+
+PATTERNS = {
+    "load": r"LDG\S*|(global|buffer|flat)_load_\w+",
+    "store": r"STG\S*|(global|buffer|flat)_store_\w+",
+}
+
+# ---- compilation, in a process of its own -------------------------------------------------------
+
+
+def in_loops(ttgir: str, operation: str) -> int:
+    """Occurrences of an operation between the braces of `scf.for`."""
+    depth, loops, found = 0, [], 0
+    for line in ttgir.splitlines():
+        found += bool(loops) and operation in line
+        if "scf.for" in line:
+            loops.append(depth)
+        depth += line.count("{") - line.count("}")
+        if loops and depth <= loops[-1]:
+            loops.pop()
+    return found
+
+
+def nvidia_code(cubin: bytes) -> tuple[int, int, dict[str, int]]:
+    """Registers, bytes of stack and memory instructions."""
+    import triton
+
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage, sass = (
+            subprocess.run([tools / tool, flag, file.name], capture_output=True, text=True).stdout
+            for tool, flag in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
+        )
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()  # type: ignore[union-attr]
+    names = re.findall(r"\*/\s+(?:@!?U?P\w+\s+)?((?:LDG|STG|LDL|STL|LD|ST)(?:\.\S+)?)\s", sass)
+    return int(registers), int(stack), dict(Counter(names))
+
+
+def amd_code(assembly: str) -> tuple[int, int, dict[str, int]]:
+    """The same for AMD."""
+    numbers = dict(re.findall(r"\.(\w+):\s+(\d+)\s*$", assembly, re.MULTILINE))
+    scratch = int(numbers["private_segment_fixed_size"]) + int(numbers["vgpr_spill_count"])
+    names = re.findall(r"^\s+((?:global|buffer|scratch|flat)_\w+)", assembly, re.MULTILINE)
+    return int(numbers["vgpr_count"]), scratch, dict(Counter(names))
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to compile: for an architecture, numbers of vectors and pairs of dtypes.
+
+    `source` replaces the module of kernels, `launch` the forward configuration.
+    """
+
+    architecture: str
+    counts: tuple[int, ...] = COUNTS
+    pairs: tuple[tuple[str, str], ...] = PAIRS
+    source: str | None = None
+    launch: tuple[int, int, int] | None = None
+
+
+def compile_all(job: Job) -> list[Compiled]:
+    """What the host functions would launch for every number of vectors and pair of dtypes."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime.driver import driver
+
+    from atlas_kernels.backends.triton import config, kernels, ops
+    from atlas_kernels.layout import Layout
+
+    if job.source is not None:
+        kernels = module_from(Path(job.source))
+    if job.launch is not None:
+        config.forward = lambda *_: config.Launch(*job.launch)  # type: ignore[assignment,misc]
+    architecture = job.architecture
+    lanes = 64 if architecture.startswith("gfx") else 32
+    target = (
+        GPUTarget("hip", architecture, 64)
+        if lanes == 64
+        else GPUTarget("cuda", int(architecture[3:]), 32)
+    )
+
+    class Driver:
+        """As much of a driver as compilation needs."""
+
+        def get_current_target(self) -> Any:
+            return target
+
+        def get_current_device(self) -> int:
+            return 0
+
+        def get_current_stream(self, device: int = 0) -> int:
+            return 0
+
+        def get_active_torch_device(self) -> torch.device:
+            return torch.device("cpu")
+
+    driver.set_active(Driver())
+    launched: list[tuple[str, Any, dict[str, Any]]] = []
+
+    class Recorder:
+        """Stands for a kernel: compiles it for its arguments instead of launching it."""
+
+        def __init__(self, kernel: Any) -> None:
+            self.kernel = kernel
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            def launch(*args: Any, **kwargs: Any) -> None:
+                binary = self.kernel.warmup(*args, grid=grid, **kwargs)
+                names = dict(zip(self.kernel.arg_names, args, strict=True))
+                launched.append((self.kernel.__name__, binary, {**names, **kwargs}))
+
+            return launch
+
+    class Recorders:
+        def __getattr__(self, name: str) -> Any:
+            value = getattr(kernels, name)
+            return Recorder(value) if name.endswith("_kernel") else value
+
+    ops.kernels = Recorders()  # type: ignore[assignment]
+    ops._architecture = lambda device: architecture  # type: ignore[assignment]
+    results = []
+    code: dict[str, tuple[int, int, dict[str, int]]] = {}
+    for count in job.counts:
+        for base, delta in job.pairs:
+            launched.clear()
+            layout = Layout.from_shapes([(5000,), (5000,)])
+            coef = torch.zeros(count, 2)
+            first, second = ("fp32", "bf16") if base == "mixed" else (base, base)
+            third, fourth = ("fp16", "bf16") if base == "mixed" else (delta, delta)
+            blocks = [torch.zeros(5000, dtype=NAMES[name]) for name in (first, second)]
+            deltas = [torch.zeros(5000, dtype=NAMES[name]) for name in (third, fourth)] * count
+            ops.compose(blocks, deltas, coef)
+            ops.coef_grad(blocks, deltas, torch.float32)
+            if base != "mixed":
+                arena = torch.zeros(layout.numel, dtype=NAMES[base])
+                rows = torch.zeros(count * layout.numel, dtype=NAMES[delta])
+                tables = (layout.tile_block, layout.tile_offset)
+                ops.bank_compose(arena, rows, coef, *tables)
+                ops.bank_coef_grad(arena, rows, *tables, layout.block_tile, count, torch.float32)
+            for name, binary, arguments in launched:
+                if binary.hash not in code:
+                    code[binary.hash] = (
+                        nvidia_code(binary.asm["cubin"])
+                        if lanes == 32
+                        else amd_code(binary.asm["amdgcn"])
+                    )
+                registers, stack, accesses = code[binary.hash]
+                spills = [key for key in accesses if re.match("LDL|STL|scratch", key)]
+                results.append(
+                    Compiled(
+                        architecture,
+                        name,
+                        count,
+                        base,
+                        delta,
+                        binary.hash,
+                        arguments.get("TILE", 0),
+                        arguments.get("UNROLL", 0),
+                        lanes * arguments["num_warps"],
+                        registers,
+                        stack + len(spills),
+                        accesses,
+                        len(re.findall(r"arith\.muli .*[ <x]i32>?\b", binary.asm["ttir"])),
+                        in_loops(binary.asm["ttgir"], "convert_layout"),
+                        "cvt.rn.bf16" in binary.asm.get("ptx", ""),
+                    )
+                )
+    return results
+
+
+def module_from(path: Path) -> Any:
+    """The module in a file: Triton reads the source of kernels from where they were defined."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def compiled_elsewhere(*jobs: Job) -> list[list[Compiled]]:
+    """`compile_all` for every job, in a process where Triton compiles."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    root = str(Path(__file__).parents[1])
+    environment["PYTHONPATH"] = os.pathsep.join([root, environment.get("PYTHONPATH", "")])
+    arguments = json.dumps([asdict(job) for job in jobs])
+    run = subprocess.run(
+        [sys.executable, __file__, arguments], env=environment, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    results = json.loads(run.stdout.splitlines()[-1])
+    return [[Compiled(**entry) for entry in result] for result in results]
+
+
+# ---- the checks: each takes one kernel, so that test_triton_broken.py can show that it fails -----
+
+
+def check_spills(it: Compiled) -> None:
+    assert it.spilled_bytes == 0, it
+    family = "gfx" if it.architecture.startswith("gfx") else "sm"
+    assert it.registers <= CEILING["mixed" if it.base == "mixed" else family], it
+
+
+def check_widths(it: Compiled) -> None:
+    """Tiles of the base, of every delta and of the output move 128 bits per access."""
+    if it.kernel == "sum_tiles_kernel" or it.base == "mixed":
+        return
+    rows, rest = divmod(it.wide("load") - it.per_thread(it.base), it.per_thread(it.delta))
+    # A compiler may unroll or peel the loop over vectors of a kernel that is not.
+    assert rest == 0, it
+    assert rows > 0, it
+    assert rows == it.unroll or not it.unroll, it
+    composes = it.kernel in ("bank_compose_kernel", "compose_kernel")
+    assert it.wide("store") == (it.per_thread(it.base) if composes else 0), it
+    if it.kernel.startswith("bank"):
+        # Two offsets, a block, and a coefficient per vector.
+        assert it.narrow("load") <= 3 + rows, it
+        assert it.narrow("store") == (0 if composes else 1), it
+
+
+def check_offsets(it: Compiled) -> None:
+    """No product of the address arithmetic is computed in 32 bits: that wraps from 2^31 on."""
+    assert it.products_32 == 0, it
+
+
+def check_loops(it: Compiled) -> None:
+    """No values change places between threads once per vector."""
+    if it.base != "mixed":
+        assert it.conversions_in_loops == 0, it
+
+
+def check_rounding(it: Compiled) -> None:
+    """Outputs in bfloat16 are rounded by the instruction for it, to nearest even."""
+    if it.base == "bf16" and "compose" in it.kernel and it.architecture.startswith("sm"):
+        assert it.rounds_to_nearest, it
+
+
+CHECKS = (check_spills, check_widths, check_offsets, check_loops, check_rounding)
+
+
+@pytest.fixture(scope="module")
+def everything() -> dict[str, list[Compiled]]:
+    # The binaries of neighbouring architectures differ little; the rare pairs are seen on one each.
+    rare = {"sm_90": RARE_PAIRS, "gfx942": RARE_PAIRS}
+    jobs = [Job(name, pairs=PAIRS + rare.get(name, ())) for name in ARCHITECTURES]
+    with ThreadPoolExecutor(2) as pool:
+        results = [result for (result,) in pool.map(compiled_elsewhere, jobs)]
+    return dict(zip(ARCHITECTURES, results, strict=True))
+
+
+@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_code(everything: dict[str, list[Compiled]], architecture: str, check: Any) -> None:
+    kernels = everything[architecture]
+    assert {it.kernel for it in kernels} == {
+        "bank_compose_kernel", "bank_partial_kernel", "compose_kernel", "partial_kernel",
+        "sum_tiles_kernel",
+    }  # fmt: skip
+    for it in kernels:
+        check(it)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_one_binary_for_many_vectors(
+    everything: dict[str, list[Compiled]], architecture: str
+) -> None:
+    binaries: dict[tuple[str, str, str, int], set[str]] = {}
+    for it in everything[architecture]:
+        binaries.setdefault((it.kernel, it.base, it.delta, it.count), set()).add(it.hash)
+    for (kernel, base, delta, _), hashes in binaries.items():
+        assert len(hashes) == 1
+        assert binaries[kernel, base, delta, 64] == binaries[kernel, base, delta, 21]
+        if "compose" not in kernel:
+            assert binaries[kernel, base, delta, 64] == binaries[kernel, base, delta, 1]
+
+
+if __name__ == "__main__":
+    wanted = [Job(**entry) for entry in json.loads(sys.argv[1])]
+    print(json.dumps([[asdict(it) for it in compile_all(job)] for job in wanted]))
