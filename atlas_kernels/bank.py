@@ -158,6 +158,10 @@ class TaskVectorBank:
             aliases=aliases,
         )
 
+    def __deepcopy__(self, memo: dict[int, object]) -> TaskVectorBank:
+        # Nothing changes a bank: a copied model shares it.
+        return self
+
     def __repr__(self) -> str:
         return (
             f"TaskVectorBank({len(self.names)} vectors, {len(self.blocks)} blocks, "

@@ -6,6 +6,7 @@ import copy
 import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,18 +29,19 @@ class ComposedModel(nn.Module):
     those that the bank composes are replaced in every forward pass, tied ones included. Buffers
     (BatchNorm statistics) stay the module's own.
 
-    Without gradients the composition is done once, until ``coef`` changes; with gradients once per
-    forward pass, or once for several of them inside `composed_once`. Changes to ``coef.data`` go
-    unnoticed: assign with ``coef.copy_`` under ``torch.no_grad()``.
+    In eval mode, and without gradients, the composition is done once, until ``coef`` changes (or a
+    backward pass has used it up). In training it is done once per forward pass, or once for several
+    of them inside `composed_once`. Changes to ``coef.data`` go unnoticed: assign with
+    ``coef.copy_`` under ``torch.no_grad()``.
 
     Args:
-        module: any module whose parameters include the bank's blocks, on the bank's device.
+        module: any module that holds the bank's base, on the bank's device.
         bank: what to compose.
         granularity: "block" for coefficients (N, B), "task" for (N,).
 
     Raises:
-        ValueError: the module lacks a block of the bank, or has it in another shape, dtype or
-            place.
+        ValueError: the module lacks a block of the bank, has it in another shape, dtype or place,
+            or holds other weights than the bank's base.
 
     Example:
         >>> import torch, atlas_kernels as ak
@@ -65,7 +67,7 @@ class ComposedModel(nn.Module):
         count = len(bank.names)
         shape = (count,) if granularity == "task" else (count, len(bank.blocks))
         self.coef = nn.Parameter(torch.zeros(shape, device=bank.device))
-        self._cache: tuple[object, dict[str, Tensor]] | None = None
+        self._cache: _Composition | None = None
         self._hold = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -75,15 +77,22 @@ class ComposedModel(nn.Module):
     def weights(self) -> dict[str, Tensor]:
         """The composed blocks by name, composed anew only if need be."""
         records = torch.is_grad_enabled() and self.coef.requires_grad
-        state = (id(self.coef), self.coef._version, records, torch.is_inference_mode_enabled())
-        if self._cache is not None and self._cache[0] == state:
-            return self._cache[1]
+        inference = torch.is_inference_mode_enabled()
+        cache = self._cache
+        if cache is not None and cache.serves(self.bank, self.coef, records, inference):
+            return cache.weights
         # Dropped first, so that two composed models are never alive at once.
-        self._cache = None
-        composed = self.bank.compose(self.coef)
-        if self._hold or not records:
-            self._cache = (state, composed)
-        return composed
+        self._cache = cache = None
+        coef: Tensor = self.coef
+        if records:
+            # A backward pass through a composition uses it up: the next forward needs another.
+            coef = self.coef.view_as(self.coef)
+            coef.register_hook(self._drop)
+        weights = self.bank.compose(coef)
+        if self._hold or not records or not self.training:
+            version = self.coef._version
+            self._cache = _Composition(self.bank, self.coef, version, records, inference, weights)
+        return weights
 
     @contextmanager
     def composed_once(self) -> Iterator[None]:
@@ -96,7 +105,7 @@ class ComposedModel(nn.Module):
 
     def merge(self) -> nn.Module:
         """A copy of the module with the composed weights: nothing of the bank stays with it."""
-        merged = copy.deepcopy(self.module)
+        merged = copy.deepcopy(self.module).requires_grad_(True)
         parameters = dict(merged.named_parameters(remove_duplicate=False))
         with torch.no_grad():
             for block, value in self.weights().items():
@@ -127,7 +136,15 @@ class ComposedModel(nn.Module):
         """Shown by print(model)."""
         return f"bank={self.bank!r}, granularity={self.granularity!r}"
 
+    def _drop(self, gradient: Tensor) -> None:
+        self._cache = None
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ComposedModel:
+        if fn(self.coef.detach()[:0]).dtype != self.coef.dtype:
+            raise TypeError(
+                "a ComposedModel keeps the dtypes of its bank: use torch.autocast, or convert the "
+                "base before packing the bank, or convert what merge() returns"
+            )
         super()._apply(fn, recurse)
         self.bank = self.bank.to(self.coef.device)
         self._cache = None
@@ -135,6 +152,27 @@ class ComposedModel(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_cache": None}
+
+
+@dataclass(frozen=True)
+class _Composition:
+    """Composed weights, and what they were composed from."""
+
+    bank: TaskVectorBank
+    coef: Tensor
+    version: int
+    records: bool
+    inference: bool
+    weights: dict[str, Tensor]
+
+    def serves(self, bank: TaskVectorBank, coef: Tensor, records: bool, inference: bool) -> bool:
+        """Whether composing anew would give the same."""
+        return (
+            bank is self.bank
+            and coef is self.coef
+            and coef._version == self.version
+            and (records, inference) == (self.records, self.inference)
+        )
 
 
 def write_coefficients(path: str | Path, coef: Tensor, bank: TaskVectorBank) -> None:
@@ -216,3 +254,12 @@ def _check_fit(module: nn.Module, bank: TaskVectorBank) -> None:
                 f"exclude={block!r}"
             )
         owners[id(parameter)] = block
+    base_values = {**bank.constants, **bank.base}
+    for name, parameter in parameters.items():
+        base = base_values.get(name, parameter)
+        alike = parameter.dtype == base.dtype and parameter.device == base.device
+        if not (alike and torch.equal(parameter, base)):
+            raise ValueError(
+                f"the module's parameter {name!r} differs from the bank's base: load the base "
+                "with module.load_state_dict(bank.state_dict(torch.zeros(len(bank.names))))"
+            )

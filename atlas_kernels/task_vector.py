@@ -30,7 +30,7 @@ class TaskVector:
         statistics: the same for floating-point buffers (BatchNorm), which no composition touches.
         base: fingerprint of every pre-trained parameter; {} if unknown. A bank compares it with its
             own base.
-        name: what the vector is called in banks and pictures.
+        name: what the vector is called in banks and pictures; results of arithmetic have none.
 
     Example:
         >>> import torch, atlas_kernels as ak
@@ -192,6 +192,7 @@ class TaskVector:
     def _map(self, function: Callable[[Tensor], Tensor]) -> TaskVector:
         return replace(
             self,
+            name="",
             deltas={key: function(delta) for key, delta in self.deltas.items()},
             statistics={key: function(delta) for key, delta in self.statistics.items()},
         )
@@ -211,6 +212,7 @@ class TaskVector:
 
         return replace(
             self,
+            name="",
             deltas=combined(self.deltas, other.deltas),
             statistics=combined(self.statistics, other.statistics),
         )

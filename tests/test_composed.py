@@ -64,6 +64,13 @@ def make_model(**kwargs: Any) -> tuple[Net, ak.ComposedModel]:
     return module, ak.ComposedModel(copy.deepcopy(module), bank, **kwargs)
 
 
+def module_of(bank: ak.TaskVectorBank) -> Net:
+    """A module that holds the bank's base, as far as the bank knows it."""
+    module = Net()
+    module.load_state_dict(bank.state_dict(torch.zeros(len(bank.names))), strict=False)
+    return module
+
+
 def randomise(model: ak.ComposedModel) -> None:
     with torch.no_grad():
         model.coef.normal_()
@@ -360,7 +367,7 @@ def test_coefficients_follow_their_names(tmp_path: Path) -> None:
     bank = ak.TaskVectorBank.from_task_vectors(shuffled, [vectors[name] for name in "cab"])
     assert bank.blocks != model.bank.blocks
     assert bank.names == ("c", "a", "b")
-    other = ak.ComposedModel(Net(), bank)
+    other = ak.ComposedModel(module_of(bank), bank)
     other.load_coefficients(path)
     for name, coef in zip("cab", other.coef, strict=True):
         for block, value in zip(bank.blocks, coef, strict=True):
@@ -377,7 +384,7 @@ def test_coefficients_of_another_bank_are_refused(tmp_path: Path) -> None:
     base = dict(model.bank.base)
 
     def refused(bank: ak.TaskVectorBank, message: str, **kwargs: Any) -> None:
-        other = ak.ComposedModel(Net(), bank, **kwargs)
+        other = ak.ComposedModel(module_of(bank), bank, **kwargs)
         with pytest.raises(ValueError, match=message):
             other.load_coefficients(path)
         assert other.coef.count_nonzero() == 0
@@ -524,3 +531,77 @@ def test_a_bank_without_blocks() -> None:
     model = ak.ComposedModel(module, bank)
     assert same_bits(model(TOKENS), module(TOKENS))
     assert same_bits(model.merge()(TOKENS), module(TOKENS))
+
+
+@pytest.mark.parametrize("name", ["hidden.bias", "frozen.weight"])
+def test_a_module_with_other_weights_than_the_base_is_refused(name: str) -> None:
+    _, model = make_model()
+    module = module_of(model.bank)
+    with torch.no_grad():
+        dict(module.named_parameters())[name].view(-1)[0] += 1e-3
+    with pytest.raises(ValueError, match=f"'{name}' differs from the bank's base"):
+        ak.ComposedModel(module, model.bank)
+
+
+def test_in_eval_mode_recorded_weights_serve_until_a_backward_uses_them() -> None:
+    _, model = make_model()
+    randomise(model)
+    model.eval()
+    first = model.weights()
+    assert model.weights() is first
+    gradients = []
+    for _ in range(2):
+        model.coef.grad = None
+        model(TOKENS).square().sum().backward()
+        gradients.append(model.coef.grad)
+        assert model.weights() is not first
+    assert gradients[0].count_nonzero()
+    assert torch.equal(*gradients)
+
+
+def test_two_backwards_inside_composed_once_add_up() -> None:
+    _, model = make_model()
+    randomise(model)
+    (model(TOKENS).sum() + model(TOKENS, scale=2.0).square().sum()).backward()
+    expected, model.coef.grad = model.coef.grad, None
+    with model.composed_once():
+        model(TOKENS).sum().backward()
+        model(TOKENS, scale=2.0).square().sum().backward()
+    # Two sums of two float32 gradients, each over at most 11 * 6 products per block.
+    torch.testing.assert_close(model.coef.grad, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_another_bank_is_noticed() -> None:
+    _, model = make_model()
+    randomise(model)
+    model.eval()
+    with torch.no_grad():
+        before = model.weights()["hidden.bias"].clone()
+        scaled = [2 * vector for vector in vectors_of(model)]
+        model.bank = ak.TaskVectorBank.from_task_vectors(
+            model.bank.base, dict(zip("abc", scaled, strict=True))
+        )
+        base = model.bank.base["hidden.bias"]
+        after = model.weights()["hidden.bias"]
+    torch.testing.assert_close(after - base, 2 * (before - base), rtol=1e-4, atol=1e-5)
+
+
+def test_merged_weights_can_be_trained() -> None:
+    _, model = make_model()
+    merged = model.merge()
+    merged(TOKENS).sum().backward()
+    assert all(p.requires_grad for p in merged.parameters())
+    assert not any(p.requires_grad for p in model.module.parameters())
+
+
+def test_other_dtypes_are_refused() -> None:
+    _, model = make_model()
+    for convert in (model.half, model.double):
+        with pytest.raises(TypeError, match="keeps the dtypes of its bank"):
+            convert()
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+
+
+def test_a_copy_shares_the_bank() -> None:
+    _, model = make_model()
+    assert copy.deepcopy(model).bank is model.bank

@@ -27,7 +27,7 @@ from atlas_kernels.learn import classify
 from atlas_kernels.memory import PeakMemory
 
 TARGET = "digits-inverted"
-GRID = Grid(targets=(TARGET,), shots=(1,), epochs=3, finetune_lrs=(1e-3,), single_factors=(0.5,))
+GRID = Grid(targets=(TARGET,), shots=(1,), epochs=2, finetune_lrs=(1e-3,), single_factors=(0.5,))
 # Cells of this one need no learning: what happens around them is what is tested.
 QUICK = Grid(targets=(TARGET,), shots=(1,), methods=("zero_shot", "own", "isotropic"), epochs=1)
 BLOCK = Cell(TARGET, "block", 1, 0)
@@ -266,8 +266,7 @@ def _alive(group: int) -> bool:
     return True
 
 
-def test_jobs_in_two_processes() -> None:
-    assert sorted(run_jobs(int, ["1", "2", "3"], 2)) == [1, 2, 3]
+def test_jobs_that_fail_in_two_processes() -> None:
     with pytest.raises(RuntimeError, match="ValueError: invalid literal"):
         list(run_jobs(int, ["1", "x"], 2))
     with pytest.raises(FileNotFoundError):
