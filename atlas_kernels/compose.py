@@ -65,6 +65,9 @@ def compose(
     """
     base = tuple(base)
     deltas = tuple(tuple(vector) for vector in deltas)
+    composed = _compose_by_extension(base, deltas, coef, backend)
+    if composed is not None:
+        return composed
     check(base, deltas, coef)
     if not base:
         return ()
@@ -76,6 +79,41 @@ def compose(
         chosen, len(base), _per_block(coef.to(accumulate), len(base)), *base, *flat
     )
     return result
+
+
+def _compose_by_extension(
+    base: tuple[Tensor, ...],
+    deltas: Sequence[Sequence[Tensor | None]],
+    coef: Tensor,
+    backend: str,
+) -> tuple[Tensor, ...] | None:
+    """Composes by the CPU extension if the arguments are plain and fit; None if not.
+
+    Thousands of small tensors cost more to check one by one, and to pass through autograd, than to
+    compose. The extension checks dtypes, shapes and devices for next to nothing; what it refuses
+    goes the general way, which finds the words.
+    """
+    if backend not in ("auto", "cpp") or torch.compiler.is_compiling() or _is_transformed():
+        return None
+    if not base or any(len(vector) != len(base) for vector in deltas):
+        return None
+    if not all(isinstance(tensor, Tensor) for tensor in (coef, *base)):
+        return None
+    if not coef.is_floating_point() or base[0].device.type != "cpu":
+        return None
+    absent = torch.empty(0)
+    flat = [absent if delta is None else delta for vector in deltas for delta in vector]
+    # Ten times as fast as asking each delta.
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(*flat):
+        return None
+    if resolve(backend, "cpu", False) != "cpp":
+        return None
+    try:
+        coef = _per_block(coef.to(torch.float32), len(base))
+        composed: tuple[Tensor, ...] = _ComposeByExtension.apply(coef, flat, *base)
+    except (RuntimeError, TypeError):
+        return None
+    return composed
 
 
 def bank_compose(
@@ -168,6 +206,14 @@ def _accumulation_dtype(
     return torch.float64 if double else torch.float32
 
 
+def _is_transformed() -> bool:
+    """Whether a function transform (`vmap`, `torch.func.grad`) or a dispatch mode is at work."""
+    return (
+        torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
+
+
 def _per_block(coef: Tensor, num_blocks: int) -> Tensor:
     # After the conversion, so that the gradient is summed over blocks before it is rounded.
     return coef if coef.dim() == 2 else coef.unsqueeze(1).expand(-1, num_blocks)
@@ -223,6 +269,35 @@ class _Compose(_Batched):
         ]
         delta_grads = _scaled(coef, grads, deltas, needs[ctx.num_blocks :])
         return None, None, coef_grad, *base_grads, *delta_grads
+
+
+class _ComposeByExtension(torch.autograd.Function):
+    """(coef [N, B], deltas [N * B], *base [B]) -> B composed blocks.
+
+    The deltas are one argument, hidden from autograd: they need no gradient.
+    """
+
+    @staticmethod
+    def forward(coef: Tensor, deltas: list[Tensor], *base: Tensor) -> Any:
+        return tuple(torch.ops.atlas_kernels_cpp.compose(base, deltas, coef.contiguous()))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        _, deltas, *base = inputs
+        ctx.num_blocks = len(base)
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(*deltas)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        coef_grad = None
+        if ctx.needs_input_grad[0]:
+            differentiable = torch.is_grad_enabled() or _is_transformed()
+            call = _CoefGrad.apply if differentiable else _CoefGrad.forward
+            coef_grad = call("cpp", ctx.num_blocks, torch.float32, *grads, *ctx.saved_tensors)
+        needs = ctx.needs_input_grad[2:]
+        base_grads = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
+        return coef_grad, None, *base_grads
 
 
 class _CoefGrad(_Batched):

@@ -96,13 +96,17 @@ class Layout:
         One `torch.split` with the pads as chunks of their own: its backward is a single
         concatenation, where slicing block by block would zero-fill P elements per block.
         """
-        sizes = []
+        sizes: list[int] = []
+        kept = []
         for shape, start, end in zip(self.shapes, self.offsets, self.offsets[1:], strict=False):
             length = prod(shape)
-            sizes += [length, end - start - length]
+            kept.append(len(sizes))
+            sizes += [length, end - start - length] if length % ALIGNMENT else [length]
         chunks = torch.split(flat, sizes)
         return tuple(
-            chunk.view(shape) for chunk, shape in zip(chunks[::2], self.shapes, strict=True)
+            # A chunk has one dimension; a view of each would cost more than the split.
+            chunks[k] if len(shape) == 1 else chunks[k].view(shape)
+            for k, shape in zip(kept, self.shapes, strict=True)
         )
 
 

@@ -77,10 +77,9 @@ def print_results(results: Results, grid: Grid) -> None:
             )
     count, most = len(grid.targets), shots[-1]
     print_table(
-        ("test accuracy, %", *(f"k = {k}" for k in shots)),
+        ("test accuracy, %; k images per class", *(f"k = {k}" for k in shots)),
         scores,
-        title=f"Mean of {count} held-out target{'s' * (count > 1)} +- standard error over targets, "
-        "k labelled images per class",
+        title=f"Mean of {count} held-out target{'s' * (count > 1)} +- standard error over targets",
         numbers=len(shots),
         sections=sections,
     )
@@ -149,9 +148,9 @@ def _accuracy_picture(results: Results, grid: Grid) -> Any:
     curves = [
         plots.Curve(
             _label(name),
-            shots,
-            [summary[name][k]["accuracy"] for k in shots],
-            [summary[name][k][error] for k in shots],
+            list(summary[name]),
+            [entry["accuracy"] for entry in summary[name].values()],
+            [entry[error] for entry in summary[name].values()],
             *look,
         )
         for name, look in _LOOKS.items()
@@ -185,7 +184,7 @@ def _accuracy_picture(results: Results, grid: Grid) -> Any:
         curves,
         comparisons,
         title=title,
-        left_title=f"Mean of {count} targets \u00b1 standard error over {over}",
+        left_title=f"Mean of {count} target{'s' * (count > 1)} \u00b1 standard error over {over}",
         right_title=f"aTLAS minus each method at k = {most}\n(\u00b1 s.e. over targets, paired)",
     )
 
