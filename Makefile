@@ -2,16 +2,18 @@
 # PYTHON=python3.x chooses the interpreter (3.10 or later).
 PYTHON ?= python3
 BIN := .venv/bin
+OLDER := .venv/older/bin
 READY := .venv/.ready
 NATIVE := $(wildcard csrc/*/*)
 CXX_SOURCES := $(NATIVE) $(wildcard tests/cuda_shim/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format kernels bench clean
+.PHONY: help demo test compatibility lint format kernels bench clean
 
 help:
 	@echo "make demo     set up .venv and learn a composition of task vectors on real images"
 	@echo "make test     set up .venv if need be and pass the tests"
+	@echo "make compatibility  the operator's tests on an older PyTorch, with the binary built here"
 	@echo "make lint     formatting, style and types"
 	@echo "make format   rewrites the sources as lint wants them"
 	@echo "make kernels  the proofs of the GPU kernels alone (part of make test)"
@@ -30,6 +32,13 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+# One binary serves several versions of PyTorch: this one runs what was built on the newest.
+compatibility: $(READY)
+	test -x $(OLDER)/python || $(PYTHON) -m venv .venv/older
+	$(OLDER)/python -m pip install --quiet torch==2.13.0 hypothesis numpy pytest rich safetensors tqdm
+	ATLAS_KERNELS_REQUIRED_BACKENDS=torch,cpp $(OLDER)/python -m pytest \
+	  $(addprefix tests/test_,backends.py bank.py compose.py composed.py cpp.py layout.py task_vector.py)
 
 kernels: $(READY)
 	$(BIN)/python -m pytest tests/test_triton*.py tests/test_cuda.py

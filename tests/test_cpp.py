@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from strategies import need
 from torch import Tensor
 
+import atlas_kernels as ak
 from atlas_kernels import reference
 from atlas_kernels.layout import TILE, Layout
 
@@ -288,6 +289,54 @@ def operator_arguments() -> dict[str, tuple[Any, ...]]:
 def test_opcheck(name: str) -> None:
     cpp.register()
     torch.library.opcheck(getattr(OPS, name).default, operator_arguments()[name])
+
+
+def plain() -> tuple[list[Tensor], list[list[Tensor | None]], Tensor]:
+    base, flat = [torch.randn(3, 5), torch.randn(7)], torch.randn(3, 22)
+    deltas = [[row[:15].view(3, 5), row[15:].bfloat16()] for row in flat]
+    return base, [[deltas[0][0], None], *deltas[1:]], torch.randn(3, 2, requires_grad=True)
+
+
+def node(tensor: Tensor) -> str:
+    return type(tensor.grad_fn).__name__
+
+
+def test_plain_arguments_take_the_short_way() -> None:
+    base, deltas, coef = plain()
+    short = ak.compose(base, deltas, coef)
+    assert node(short[0]) == "_ComposeByExtensionBackward"
+    # A delta that needs a gradient takes the general way, to the same result.
+    deltas[1][1].requires_grad_()
+    general = ak.compose(base, deltas, coef)
+    assert node(general[0]) == "_ComposeBackward"
+    assert all(map(equal, short, general))
+
+    def derivatives(composed: tuple[Tensor, ...]) -> list[Tensor]:
+        loss = sum(block.pow(3).sum() for block in composed)
+        (first,) = torch.autograd.grad(loss, coef, create_graph=True)
+        (second,) = torch.autograd.grad(first.pow(2).sum(), coef)
+        return [first.detach(), second]
+
+    assert all(map(equal, derivatives(short), derivatives(general)))
+
+
+def test_batched_gradients_of_the_short_way() -> None:
+    base, deltas, coef = plain()
+    block = ak.compose(base, deltas, coef)[0]
+    grads = torch.randn(4, *block.shape)
+
+    def pull_back(grad: Tensor) -> Tensor:
+        return torch.autograd.grad(block, coef, grad, retain_graph=True)[0]
+
+    assert torch.equal(torch.vmap(pull_back)(grads), torch.stack([pull_back(g) for g in grads]))
+
+
+def test_short_way_notices_deltas_modified_before_the_backward() -> None:
+    base, deltas, coef = plain()
+    composed = ak.compose(base, deltas, coef)
+    deltas[2][0].zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        composed[0].sum().backward()
 
 
 def test_tables_that_do_not_fit_are_refused() -> None:
