@@ -5,7 +5,7 @@ BIN := .venv/bin
 OLDER := .venv/older/bin
 READY := .venv/.ready
 NATIVE := $(wildcard csrc/*/*)
-CXX_SOURCES := $(NATIVE) $(wildcard tests/cuda_shim/*)
+CXX_SOURCES := $(NATIVE) $(wildcard tests/cuda_shim/* tests/cpu_sanitize/*)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test compatibility lint format kernels bench clean

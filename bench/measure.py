@@ -1,0 +1,111 @@
+"""Clocks, memory and the description of the machine."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import atlas_kernels as ak
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Median and 0.2 / 0.8 quantiles of repeated runs."""
+
+    low: float
+    median: float
+    high: float
+
+    @classmethod
+    def of(cls, samples: list[float]) -> Seconds:
+        """The quantiles of at least two samples."""
+        quintiles = statistics.quantiles(samples, n=5, method="inclusive")
+        return cls(quintiles[0], statistics.median(samples), quintiles[3])
+
+
+def interleaved(functions: dict[str, Callable[[], Any]], repeats: int) -> dict[str, Seconds]:
+    """Times every function, one after the other, `repeats` times over.
+
+    Whatever slows the machine down for a while then slows all of them. Each timed call follows a
+    call like it, as in training: caches and allocators are as that one left them.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(repeats):
+        for name, function in functions.items():
+            function()
+            start = time.perf_counter()
+            result = function()
+            samples[name].append(time.perf_counter() - start)
+            del result
+    return {name: Seconds.of(values) for name, values in samples.items()}
+
+
+def bandwidth_probes(
+    bytes_each: int = 2**30,
+) -> tuple[dict[str, Callable[[], Any]], dict[str, int]]:
+    """A large sum and a large copy, as functions to time, and the bytes that each moves."""
+    source = torch.ones(bytes_each // 4)
+    target = torch.empty_like(source).copy_(source)
+    probes: dict[str, Callable[[], Any]] = {
+        "sum": source.sum,
+        "copy": lambda: target.copy_(source),
+    }
+    return probes, {"sum": bytes_each, "copy": 2 * bytes_each}
+
+
+def with_peak(function: Callable[[], Any]) -> tuple[Any, int | None]:
+    """A function's result, and by how many bytes the process grew at most while it ran.
+
+    The latter is None where the system does not tell.
+    """
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+        before = _status("VmRSS")
+    except OSError:
+        return function(), None
+    result = function()
+    return result, _status("VmHWM") - before
+
+
+def _status(key: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{key}:"):
+            return int(line.split()[1]) * 1024
+    raise OSError(key)
+
+
+def machine() -> dict[str, Any]:
+    """What a number depends on."""
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+    )
+    return {
+        "processor": _processor(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "atlas_kernels": ak.__version__,
+        "commit": commit.stdout.strip() or "unknown",
+        "backends": ak.backends(),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
