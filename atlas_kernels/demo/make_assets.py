@@ -81,7 +81,7 @@ def make_assets(
 ) -> None:
     """Writes the base model and one task vector per task to a folder, as `load_model` reads it.
 
-    Every stage that is there already and was made with the same seed and recipe is kept. About six
+    Every stage that is there already and was made with the same seed and recipe is kept. About eight
     minutes on two cores.
 
     Args:

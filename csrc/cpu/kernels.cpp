@@ -44,23 +44,33 @@ inline Floats load(const float* p) {
   return x;
 }
 
-// 16-bit patterns, zero-extended. GCC 12 takes four instructions for the portable form.
 inline Words load_bits(const void* p) {
-#if defined(__AVX512F__)
-  return Words(_mm512_cvtepu16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(p))));
-#elif defined(__AVX2__)
-  return Words(_mm256_cvtepu16_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p))));
-#elif defined(__x86_64__)
-  const __m128i bits = _mm_loadl_epi64(static_cast<const __m128i*>(p));
-  return Words(_mm_unpacklo_epi16(bits, _mm_setzero_si128()));
-#else
   Halves bits;
   __builtin_memcpy(&bits, p, sizeof(bits));
   return __builtin_convertvector(bits, Words);
-#endif
 }
 
-inline Floats load(const BFloat16* p) { return floats(load_bits(p) << 16); }
+// One shuffle each; the portable form takes up to five instructions.
+inline Floats load(const BFloat16* p) {
+#if defined(__AVX512F__)
+  const __m512i upper_half = _mm512_set_epi16(15, 0, 14, 0, 13, 0, 12, 0, 11, 0, 10, 0, 9, 0, 8, 0,
+                                              7, 0, 6, 0, 5, 0, 4, 0, 3, 0, 2, 0, 1, 0, 0, 0);
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return Floats(
+      _mm512_maskz_permutexvar_epi16(0xaaaaaaaau, upper_half, _mm512_castsi256_si512(bits)));
+#elif defined(__AVX2__)
+  const __m256i upper_half =
+      _mm256_setr_epi8(-1, -1, 0, 1, -1, -1, 2, 3, -1, -1, 4, 5, -1, -1, 6, 7,  //
+                       -1, -1, 8, 9, -1, -1, 10, 11, -1, -1, 12, 13, -1, -1, 14, 15);
+  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return Floats(_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(bits), upper_half));
+#elif defined(__x86_64__)
+  const __m128i bits = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+  return Floats(_mm_unpacklo_epi16(_mm_setzero_si128(), bits));
+#else
+  return floats(load_bits(p) << 16);
+#endif
+}
 
 inline Floats load(const Float16* p) {
 #if defined(__AVX512F__)
@@ -201,8 +211,27 @@ inline void add_lanes(Lanes& sum, const T* const* data, const float* coef, int64
   }
 }
 
+// With more rows than one group, a row is left again after one tile, before the hardware has seen
+// that it goes on: without a hint, 21 vectors took 10 % longer (one Zen 4 core; nearer caches and
+// fewer rows lose by it).
+constexpr int64_t kPrefetch = 2048;  // bytes
+
+struct Options {
+  bool prefetch;
+  bool stream;
+};
+
+// Always inline: GCC 12 takes a function that only prefetches for one without effect.
 template <class T, int kRows>
-void add(const float* source, float* target, const Row* rows, int64_t length, bool stream) {
+__attribute__((always_inline)) inline void prefetch(const T* const* data, int64_t e) {
+  if (e * int64_t{sizeof(T)} % 64 != 0) return;
+  for (int r = 0; r < kRows; ++r) {
+    __builtin_prefetch(reinterpret_cast<const char*>(data[r] + e) + kPrefetch, 0, 2);
+  }
+}
+
+template <class T, int kRows>
+void add(const float* source, float* target, const Row* rows, int64_t length, Options options) {
   const T* data[kRows];
   float coef[kRows];
   for (int r = 0; r < kRows; ++r) {
@@ -210,16 +239,13 @@ void add(const float* source, float* target, const Row* rows, int64_t length, bo
     coef[r] = rows[r].coef;
   }
   const int64_t end = whole_part(length);
-  if (stream) {
-    for (int64_t e = 0; e < end; e += kLanes) {
-      Lanes sum = load_lanes(source + e);
-      add_lanes<T, kRows>(sum, data, coef, e);
+  for (int64_t e = 0; e < end; e += kLanes) {
+    if (options.prefetch) prefetch<T, kRows>(data, e);
+    Lanes sum = load_lanes(source + e);
+    add_lanes<T, kRows>(sum, data, coef, e);
+    if (options.stream) {
       stream_lanes(target + e, sum);
-    }
-  } else {
-    for (int64_t e = 0; e < end; e += kLanes) {
-      Lanes sum = load_lanes(source + e);
-      add_lanes<T, kRows>(sum, data, coef, e);
+    } else {
       store_lanes(target + e, sum);
     }
   }
@@ -235,12 +261,13 @@ void add(const float* source, float* target, const Row* rows, int64_t length, bo
 }
 
 template <class T, int kRows>
-void dot(const float* grad, const Row* rows, int64_t length, float* result) {
+void dot(const float* grad, const Row* rows, int64_t length, float* result, bool ahead) {
   const T* data[kRows];
   Lanes sums[kRows] = {};
   for (int r = 0; r < kRows; ++r) data[r] = static_cast<const T*>(rows[r].data);
   const int64_t end = whole_part(length);
   for (int64_t e = 0; e < end; e += kLanes) {
+    if (ahead) prefetch<T, kRows>(data, e);
     const Lanes g = load_lanes(grad + e);
     for (int r = 0; r < kRows; ++r) {
       const Lanes row = load_lanes(data[r] + e);
@@ -264,21 +291,21 @@ void dot(const float* grad, const Row* rows, int64_t length, float* result) {
 
 template <class T, int kRows = kGroup>
 void add_group(int64_t num_rows, const float* source, float* target, const Row* rows,
-               int64_t length, bool stream) {
+               int64_t length, Options options) {
   if (num_rows == kRows) {
-    add<T, kRows>(source, target, rows, length, stream);
+    add<T, kRows>(source, target, rows, length, options);
   } else if constexpr (kRows > 1) {
-    add_group<T, kRows - 1>(num_rows, source, target, rows, length, stream);
+    add_group<T, kRows - 1>(num_rows, source, target, rows, length, options);
   }
 }
 
 template <class T, int kRows = kGroup>
-void dot_group(int64_t num_rows, const float* grad, const Row* rows, int64_t length,
-               float* result) {
+void dot_group(int64_t num_rows, const float* grad, const Row* rows, int64_t length, float* result,
+               bool ahead) {
   if (num_rows == kRows) {
-    dot<T, kRows>(grad, rows, length, result);
+    dot<T, kRows>(grad, rows, length, result, ahead);
   } else if constexpr (kRows > 1) {
-    dot_group<T, kRows - 1>(num_rows, grad, rows, length, result);
+    dot_group<T, kRows - 1>(num_rows, grad, rows, length, result, ahead);
   }
 }
 
@@ -303,12 +330,13 @@ void compose_tile(const void* base, void* out, DType dtype, const Row* rows, int
     done += size;
     const bool last = done == num_rows;
     float* target = direct && last ? static_cast<float*>(out) : buffer;
+    const Options options{num_rows > kGroup, stream && last};
     if (group->dtype == DType::kFloat32) {
-      add_group<float>(size, source, target, group, length, stream && last);
+      add_group<float>(size, source, target, group, length, options);
     } else if (group->dtype == DType::kBFloat16) {
-      add_group<BFloat16>(size, source, target, group, length, stream && last);
+      add_group<BFloat16>(size, source, target, group, length, options);
     } else {
-      add_group<Float16>(size, source, target, group, length, stream && last);
+      add_group<Float16>(size, source, target, group, length, options);
     }
     source = target;
   }
@@ -326,16 +354,17 @@ void dot_tile(const void* grad, DType dtype, const Row* rows, int64_t num_rows, 
               float* result) {
   alignas(64) float buffer[kTile];
   const float* wide = as_float(grad, dtype, length, buffer);
+  const bool ahead = num_rows > kGroup;
   for (int64_t done = 0; done < num_rows;) {
     const Row* group = rows + done;
     const int64_t size = group_size(group, num_rows - done);
     done += size;
     if (group->dtype == DType::kFloat32) {
-      dot_group<float>(size, wide, group, length, result);
+      dot_group<float>(size, wide, group, length, result, ahead);
     } else if (group->dtype == DType::kBFloat16) {
-      dot_group<BFloat16>(size, wide, group, length, result);
+      dot_group<BFloat16>(size, wide, group, length, result, ahead);
     } else {
-      dot_group<Float16>(size, wide, group, length, result);
+      dot_group<Float16>(size, wide, group, length, result, ahead);
     }
   }
 }
