@@ -103,6 +103,12 @@ def _compose_by_extension(
         return None
     absent = torch.empty(0)
     flat = [absent if delta is None else delta for vector in deltas for delta in vector]
+    try:
+        # The extension takes a delta without elements as absent, whatever its shape.
+        if 0 in map(Tensor.numel, (delta for delta in flat if delta is not absent)):
+            return None
+    except TypeError:
+        return None
     # Ten times as fast as asking each delta.
     if torch.is_grad_enabled() and torch._C._any_requires_grad(*flat):
         return None

@@ -857,3 +857,12 @@ def test_float64_is_refused_by_backends_that_lack_it() -> None:
     coef = torch.zeros(1)
     with NoWork(), pytest.raises(ValueError, match=r"'cpp' does not compute in float64.*'torch'"):
         ak.compose(base, delta, coef, backend="cpp")
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_an_empty_delta_of_another_shape_is_not_an_absent_one(backend: str) -> None:
+    base = [torch.zeros(2, 3)]
+    with pytest.raises(
+        ValueError, match=r"task vector 0, block 0 has shape \(0,\), expected \(2, 3\)"
+    ):
+        ak.compose(base, [[torch.empty(0)]], torch.zeros(1, 1), backend=backend)

@@ -81,8 +81,8 @@ def make_assets(
 ) -> None:
     """Writes the base model and one task vector per task to a folder, as `load_model` reads it.
 
-    Every stage that is there already and was made with the same seed and recipe is kept. About eight
-    minutes on two cores.
+    Every stage that is there already and was made with the same seed and recipe is kept. Takes
+    about eight minutes on two cores.
 
     Args:
         out_dir: created if need be.
