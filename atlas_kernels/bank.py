@@ -3,53 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from math import prod
+from operator import mul
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .checkpoints import FileFormatError, digest, parts_of, read_tensors, write_tensors
-from .codecs import storage_dtype
-from .compose import STORAGE_DTYPES, bank_compose, check_coef
-from .layout import Layout, pieces
+from .checkpoints import parts_of, read_tensors, write_mapped, write_tensors
+from .codecs import codec_named
+from .compose import check_coef
+from .packing import Packing, Patterns
+from .segment import Segment, chunks
 from .task_vector import TaskVector
 
 _KIND = "bank"
-Patterns = str | Sequence[str] | None
-
-
-@dataclass(frozen=True)
-class Segment:
-    """The blocks of one base dtype: one arena for the base, one for the deltas.
-
-    Attributes (B' blocks, P elements with padding):
-        columns: the blocks' places in the bank's order.
-        index: the same as int64 [B'] on the device, so that no call waits for it.
-        base: [P].
-        deltas: [N * P] in the codec's dtype, interleaved as `layout` says.
-    """
-
-    columns: tuple[int, ...]
-    index: Tensor
-    layout: Layout
-    base: Tensor
-    deltas: Tensor
-
-    def to(self, device: torch.device | str) -> Segment:
-        """The same segment on another device."""
-        return Segment(
-            self.columns,
-            self.index.to(device),
-            self.layout.to(device),
-            self.base.to(device),
-            self.deltas.to(device),
-        )
 
 
 class TaskVectorBank:
-    """A base model and N task vectors in one arena per storage format.
+    """A base model and N task vectors in one arena per base dtype and codec.
 
     ``compose(coef)[block] = base[block] + sum_i coef[i, block] * delta_i[block]``
 
@@ -60,7 +33,9 @@ class TaskVectorBank:
         names: the N task vectors.
         blocks: the B composed parameters, in the order of ``coef``'s columns.
         shapes: their shapes.
-        codec: how deltas are stored.
+        codec: how deltas are stored, as it was asked for.
+        codecs: the codec of each block.
+        errors: float32 (N, B), ``|stored - delta| / |delta|`` of each vector's block.
         base_digests: fingerprint of each block's base.
         constants: all other tensors of the base, by name.
         aliases: names under which the base also holds a block (tied weights), to the block's name.
@@ -78,28 +53,41 @@ class TaskVectorBank:
     """
 
     def __init__(
-        self,
-        names: Sequence[str],
-        blocks: Sequence[str],
-        codec: str,
-        segments: Sequence[Segment],
-        base_digests: Sequence[str],
-        constants: Mapping[str, Tensor],
-        aliases: Mapping[str, str],
+        self, tensors: Mapping[str, Tensor], constants: Mapping[str, Tensor], fields: dict[str, Any]
     ) -> None:
-        """Internal: use `from_task_vectors` or `load`."""
-        self.names = tuple(names)
-        self.blocks = tuple(blocks)
-        self.codec = codec
-        self.segments = tuple(segments)
-        self.base_digests = tuple(base_digests)
+        """Internal: use `from_task_vectors`, `pack` or `load`.
+
+        ``tensors`` and ``fields`` are what `Packing` makes and `save` writes.
+        """
+        self._fields = fields
+        self.names: tuple[str, ...] = tuple(fields["names"])
+        self.blocks: tuple[str, ...] = tuple(fields["blocks"])
+        self.shapes: tuple[tuple[int, ...], ...] = tuple(map(tuple, fields["shapes"]))
+        self.codec: str = fields["codec"]
+        self.base_digests: tuple[str, ...] = tuple(fields["base_digests"])
+        self.aliases: dict[str, str] = dict(fields["aliases"])
         self.constants = dict(constants)
-        self.aliases = dict(aliases)
-        shapes: list[tuple[int, ...]] = [()] * len(self.blocks)
-        for segment in self.segments:
-            for column, shape in zip(segment.columns, segment.layout.shapes, strict=True):
-                shapes[column] = shape
-        self.shapes = tuple(shapes)
+        self.errors = tensors["errors"]
+        # The file that the bank is mapped from.
+        self.path: Path | None = None
+        codecs = [self.codec] * len(self.blocks)
+        segments = []
+        for index, (columns, codec) in enumerate(fields["segments"]):
+            segments.append(
+                Segment.of(
+                    columns,
+                    [self.shapes[j] for j in columns],
+                    codec_named(codec),
+                    len(self.names),
+                    tensors[f"base.{index}"],
+                    tensors[f"deltas.{index}"],
+                    tensors.get(f"scales.{index}"),
+                )
+            )
+            for column in columns:
+                codecs[column] = codec
+        self.segments = tuple(segments)
+        self.codecs = tuple(codecs)
 
     @classmethod
     def from_task_vectors(
@@ -110,16 +98,21 @@ class TaskVectorBank:
         codec: str = "bf16",
         include: Patterns = None,
         exclude: Patterns = None,
+        progress: bool = False,
     ) -> TaskVectorBank:
         """Packs a bank, on the device of ``base``, one block of one vector at a time.
 
         Args:
             base: the pre-trained state dict or module.
             vectors: by name, or a sequence of vectors that carry their names.
-            codec: "fp32", "bf16" or "fp16".
+            codec: "fp32", "bf16", "fp16"; "int8", "int4", "int3", "int2", "sign" (packed, see
+                `codecs.packed`); or "auto:<bits>", for example "auto:3.5": every block gets the
+                smallest codec with a relative error of at most e, and e is the least for which
+                the average bits per weight, scales included, are within the budget.
             include: shell-style patterns of the blocks to compose, for example ``"visual.*"``; all
                 by default.
             exclude: patterns of blocks to keep as in the base.
+            progress: shows a progress bar on standard error.
 
         Raises:
             ValueError: an unknown codec, names that are not unique, a vector with a block that the
@@ -128,35 +121,52 @@ class TaskVectorBank:
                 over several devices.
             TypeError: a block of the base is neither float32, bfloat16 nor float16.
         """
-        dtype = storage_dtype(codec)
-        parameters, constants, aliases = _split_base(base)
-        named = _named(vectors)
-        digests = {name: digest(parameter) for name, parameter in parameters.items()}
-        for name, vector in named.items():
-            _check_vector(name, vector, parameters, digests, aliases)
-        blocks: list[str] = []
-        for block, parameter in parameters.items():
-            chosen = _chosen(block, include, exclude)
-            if chosen and any(_changes(vector, block) for vector in named.values()):
-                _check_block(block, parameter, parameters[blocks[0]] if blocks else parameter)
-                blocks.append(block)
-            else:
-                constants[block] = parameter
-        segments = []
-        for base_dtype in STORAGE_DTYPES:
-            columns = [j for j, block in enumerate(blocks) if parameters[block].dtype == base_dtype]
-            if columns:
-                members = {blocks[j]: parameters[blocks[j]] for j in columns}
-                segments.append(_pack(columns, members, named, dtype))
-        return cls(
-            names=tuple(named),
-            blocks=blocks,
-            codec=codec,
-            segments=segments,
-            base_digests=[digests[block] for block in blocks],
-            constants=constants,
-            aliases=aliases,
-        )
+        packing = Packing.of(base, vectors, codec, include, exclude, progress)
+        tensors = {
+            name: torch.zeros(shape, dtype=dtype, device=packing.device)
+            for name, (dtype, shape) in packing.specs().items()
+        }
+        packing.fill(tensors, progress)
+        return cls(tensors, packing.constants, packing.fields())
+
+    @classmethod
+    def pack(
+        cls,
+        path: str | Path,
+        base: Mapping[str, Tensor] | nn.Module,
+        vectors: Mapping[str, TaskVector] | Sequence[TaskVector],
+        *,
+        codec: str = "bf16",
+        include: Patterns = None,
+        exclude: Patterns = None,
+        progress: bool = False,
+    ) -> TaskVectorBank:
+        """`from_task_vectors` into a file, which is then loaded: for banks larger than memory.
+
+        With a base and vectors that are themselves mapped from files (`read_state_dict` and
+        `TaskVector.load` do that), no more than one block of all vectors has to be in memory.
+
+        Raises:
+            OSError: the file cannot be written, or the disk has no room for it; nothing is changed.
+        """
+        packing = Packing.of(base, vectors, codec, include, exclude, progress)
+        fields = packing.fields()
+        constants = {f"constant.{name}": tensor for name, tensor in packing.constants.items()}
+        specs = packing.specs()
+        for index, arena in enumerate(packing.arenas):
+            count = len(chunks(arena.layout, arena.codec, len(packing.vectors)))
+            specs[f"checksums.{index}"] = (torch.int64, (count,))
+        specs |= {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in constants.items()}
+
+        def fill(tensors: dict[str, Tensor]) -> None:
+            for name, constant in constants.items():
+                tensors[name].copy_(constant)
+            packing.fill(tensors, progress)
+            for index, segment in enumerate(cls(tensors, packing.constants, fields).segments):
+                tensors[f"checksums.{index}"].copy_(segment.checksums())
+
+        write_mapped(path, specs, fill, _KIND, **fields)
+        return cls.load(path)
 
     def __deepcopy__(self, memo: dict[int, object]) -> TaskVectorBank:
         # Nothing changes a bank: a copied model shares it.
@@ -170,8 +180,20 @@ class TaskVectorBank:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of base and deltas together, without ``constants``."""
-        return sum(segment.base.nbytes + segment.deltas.nbytes for segment in self.segments)
+        """Bytes of base, deltas and scales together, without ``constants``."""
+        return sum(
+            tensor.nbytes
+            for segment in self.segments
+            for tensor in (segment.base, segment.deltas, segment.scales)
+            if tensor is not None
+        )
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits per element of a delta, scales included, padding not: the average."""
+        elements = [prod(shape) for shape in self.shapes]
+        bits = (codec_named(codec).bits_per_weight for codec in self.codecs)
+        return float(sum(map(mul, bits, elements))) / max(1, sum(elements))
 
     @property
     def device(self) -> torch.device:
@@ -210,7 +232,7 @@ class TaskVectorBank:
         for segment in self.segments:
             whole = coef.dim() == 1 or len(self.segments) == 1
             part = coef if whole else coef.index_select(1, segment.index)
-            flat = bank_compose(segment.base, segment.deltas, part, segment.layout, backend)
+            flat = segment.compose(part, backend)
             members = (self.blocks[j] for j in segment.columns)
             composed |= zip(members, segment.layout.split(flat), strict=True)
         return composed if len(self.segments) == 1 else {b: composed[b] for b in self.blocks}
@@ -231,204 +253,44 @@ class TaskVectorBank:
         """A bank on ``device`` (this one, if it is there already)."""
         if torch.device(device) == self.device:
             return self
-        return TaskVectorBank(
-            self.names,
-            self.blocks,
-            self.codec,
-            [segment.to(device) for segment in self.segments],
-            self.base_digests,
-            {name: tensor.to(device) for name, tensor in self.constants.items()},
-            self.aliases,
-        )
+        tensors = {name: tensor.to(device) for name, tensor in self._tensors().items()}
+        constants = {name: tensor.to(device) for name, tensor in self.constants.items()}
+        return TaskVectorBank(tensors, constants, self._fields)
 
     def save(self, path: str | Path) -> None:
-        """Writes one safetensors file."""
-        tensors = {f"constant.{name}": tensor for name, tensor in self.constants.items()}
+        """Writes one safetensors file, with a checksum of every chunk of the deltas."""
+        constants = {f"constant.{name}": tensor for name, tensor in self.constants.items()}
+        checksums = {
+            f"checksums.{index}": segment.checksums() for index, segment in enumerate(self.segments)
+        }
+        write_tensors(path, {**constants, **self._tensors(), **checksums}, _KIND, **self._fields)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = {"errors": self.errors}
         for index, segment in enumerate(self.segments):
             tensors[f"base.{index}"] = segment.base
             tensors[f"deltas.{index}"] = segment.deltas
-        write_tensors(
-            path,
-            tensors,
-            _KIND,
-            names=self.names,
-            blocks=self.blocks,
-            shapes=self.shapes,
-            codec=self.codec,
-            segments=[segment.columns for segment in self.segments],
-            base_digests=self.base_digests,
-            constants=list(self.constants),
-            aliases=self.aliases,
-        )
+            if segment.scales is not None:
+                tensors[f"scales.{index}"] = segment.scales
+        return tensors
 
     @classmethod
     def load(cls, path: str | Path, mmap: bool = True) -> TaskVectorBank:
-        """Reads what `save` wrote, on the CPU; with ``mmap``, pages are read when they are used.
+        """Reads what `save` wrote, on the CPU.
+
+        With ``mmap``, pages are read when they are used; without, all is read at once and every
+        checksum verified.
 
         Raises:
-            FileNotFoundError, FileFormatError: there is no such file, it is no bank, or its parts
-                do not fit together.
+            FileNotFoundError, FileFormatError: there is no such file, it is no bank, its parts do
+                not fit together, or a checksum fails.
         """
         tensors, fields = read_tensors(path, _KIND, mmap)
         with parts_of(path):
-            shapes, names = fields["shapes"], fields["names"]
-            dtype = storage_dtype(fields["codec"])
-            segments = []
-            for index, columns in enumerate(fields["segments"]):
-                layout = Layout.from_shapes([shapes[j] for j in columns])
-                base, deltas = tensors[f"base.{index}"], tensors[f"deltas.{index}"]
-                if (base.numel(), deltas.numel()) != (layout.numel, len(names) * layout.numel) or (
-                    deltas.dtype != dtype
-                ):
-                    raise FileFormatError(
-                        f"{path}: segment {index} holds {base.numel()} and {deltas.numel()} "
-                        f"elements of {deltas.dtype}, expected {layout.numel} and "
-                        f"{len(names) * layout.numel} of {dtype} for {len(names)} task vectors"
-                    )
-                segments.append(
-                    Segment(tuple(columns), torch.tensor(columns), layout, base, deltas)
-                )
-            return cls(
-                names=names,
-                blocks=fields["blocks"],
-                codec=fields["codec"],
-                segments=segments,
-                base_digests=fields["base_digests"],
-                constants={name: tensors[f"constant.{name}"] for name in fields["constants"]},
-                aliases=fields["aliases"],
-            )
-
-
-def _split_base(
-    base: Mapping[str, Tensor] | nn.Module,
-) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, str]]:
-    """The base's parameters, its other tensors, and second names of tied parameters."""
-    if isinstance(base, nn.Module):
-        state = base.state_dict()
-        buffers = {name for name, _ in base.named_buffers(remove_duplicate=False)}
-    else:
-        state = dict(base)
-        buffers = {name for name in state if name.rsplit(".", 1)[-1].startswith("running_")}
-    parameters: dict[str, Tensor] = {}
-    constants: dict[str, Tensor] = {}
-    aliases: dict[str, str] = {}
-    seen: dict[tuple[int, torch.Size, tuple[int, ...]], str] = {}
-    for name, tensor in state.items():
-        tensor = tensor.detach()
-        if name in buffers or not tensor.is_floating_point():
-            constants[name] = tensor
-            continue
-        identity = (tensor.data_ptr(), tensor.shape, tensor.stride())
-        if tensor.numel() and identity in seen:
-            aliases[name] = seen[identity]
-            continue
-        seen[identity] = name
-        parameters[name] = tensor
-    return parameters, constants, aliases
-
-
-def _named(vectors: Mapping[str, TaskVector] | Sequence[TaskVector]) -> dict[str, TaskVector]:
-    if isinstance(vectors, Mapping):
-        return dict(vectors)
-    names = [vector.name or f"vector-{i}" for i, vector in enumerate(vectors)]
-    repeated = sorted({name for name in names if names.count(name) > 1})
-    if repeated:
-        raise ValueError(
-            f"several task vectors are called {', '.join(repeated)}: names must be unique, pass a "
-            "dictionary {name: vector}"
-        )
-    return dict(zip(names, vectors, strict=True))
-
-
-def _check_vector(
-    name: str,
-    vector: TaskVector,
-    parameters: Mapping[str, Tensor],
-    digests: Mapping[str, str],
-    aliases: Mapping[str, str],
-) -> None:
-    for block, delta in vector.deltas.items():
-        if block in aliases:
-            owner = vector.deltas.get(aliases[block])
-            if owner is None or not torch.equal(owner, delta):
-                raise ValueError(
-                    f"task vector {name!r} changes {block!r} and {aliases[block]!r} apart, but in "
-                    "the base they are one tied parameter: give the base copies of its own for both"
-                )
-            continue
-        if block not in parameters:
-            raise ValueError(
-                f"task vector {name!r} has the block {block!r}, but the base has no such "
-                "parameter: was it made from another architecture?"
-            )
-        if delta.shape != parameters[block].shape:
-            raise ValueError(
-                f"task vector {name!r}, block {block!r} has shape {tuple(delta.shape)}, expected "
-                f"{tuple(parameters[block].shape)} as in the base"
-            )
-        if block in vector.base and vector.base[block] != digests[block]:
-            raise ValueError(
-                f"task vector {name!r} was made from another base: block {block!r} differs from "
-                "the base given here. Pack it with the checkpoint that it was made from"
-            )
-
-
-def _check_block(block: str, parameter: Tensor, first: Tensor) -> None:
-    if parameter.dtype not in STORAGE_DTYPES:
-        raise TypeError(
-            f"base block {block!r} has dtype {parameter.dtype}, expected float32, bfloat16 or "
-            "float16: convert it, or leave it out with exclude"
-        )
-    if parameter.device != first.device:
-        raise ValueError(
-            f"base block {block!r} is on {parameter.device}, others on {first.device}: move the "
-            "base to one device"
-        )
-
-
-def _chosen(block: str, include: Patterns, exclude: Patterns) -> bool:
-    included = include is None or _matches(block, include)
-    return included and not (exclude is not None and _matches(block, exclude))
-
-
-def _matches(block: str, patterns: str | Sequence[str]) -> bool:
-    patterns = [patterns] if isinstance(patterns, str) else patterns
-    return any(fnmatchcase(block, pattern) for pattern in patterns)
-
-
-def _changes(vector: TaskVector, block: str) -> bool:
-    delta = vector.deltas.get(block)
-    return delta is not None and bool(delta.count_nonzero())
-
-
-def _pack(
-    columns: list[int],
-    members: Mapping[str, Tensor],
-    vectors: Mapping[str, TaskVector],
-    dtype: torch.dtype,
-) -> Segment:
-    layout = Layout.from_shapes([tensor.shape for tensor in members.values()])
-    first = next(iter(members.values()))
-    count = len(vectors)
-    base = torch.zeros(layout.numel, dtype=first.dtype, device=first.device)
-    # Zeros, not empty: they are the padding, and the blocks that a vector lacks.
-    deltas = torch.zeros(count * layout.numel, dtype=dtype, device=first.device)
-    ranges = zip(members.items(), layout.offsets, layout.offsets[1:], strict=False)
-    for (block, tensor), start, end in ranges:
-        length = tensor.numel()
-        base[start : start + length] = tensor.flatten()
-        targets = pieces(deltas[count * start : count * end], end - start, count)
-        row = torch.zeros(end - start, dtype=dtype, device=first.device)
-        for i, (name, vector) in enumerate(vectors.items()):
-            if block in vector.deltas:
-                row[:length] = vector.deltas[block].to(first.device).flatten().to(dtype)
-                # A zero coefficient would not silence it: 0 * inf is NaN.
-                if not bool(torch.isfinite(row).all()):
-                    raise ValueError(
-                        f"task vector {name!r}, block {block!r} is not finite when stored in "
-                        f"{dtype}"
-                    )
-                for target, source in zip(targets, pieces(row, end - start), strict=True):
-                    target[:, i] = source[:, 0]
-    index = torch.tensor(columns, device=first.device)
-    return Segment(tuple(columns), index, layout.to(first.device), base, deltas)
+            constants = {name: tensors[f"constant.{name}"] for name in fields["constants"]}
+            bank = cls(tensors, constants, fields)
+            bank.path = Path(path)
+            if not mmap:
+                for index, segment in enumerate(bank.segments):
+                    segment.verify(tensors[f"checksums.{index}"])
+        return bank

@@ -8,6 +8,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,21 @@ from torch import Tensor
 
 _PICKLED = (".pt", ".pth", ".bin", ".ckpt")
 _VERSION = 1
+# Bytes. Data begin on a page, so that a mapped arena is aligned for every load.
+_PAGE = 4096
+# As safetensors calls them.
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 
 class FileFormatError(ValueError):
@@ -70,11 +86,6 @@ def write_tensors(
     ``kind`` and ``fields`` (anything that JSON holds) are what `read_tensors` checks and returns.
     Tensors may live on any device and share memory; the file holds each in full.
     """
-    metadata = {
-        "format": f"atlas_kernels.{kind}" if kind else "pt",
-        "version": str(_VERSION),
-        **{key: json.dumps(value) for key, value in fields.items()},
-    }
     seen: set[int] = set()
     plain: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -82,10 +93,68 @@ def write_tensors(
         storage = copied.untyped_storage().data_ptr()
         plain[name] = copied.clone() if storage in seen else copied
         seen.add(storage)
+    metadata = _metadata(kind, fields)
     try:
         write_atomically(path, lambda temporary: save_file(plain, temporary, metadata))
     except SafetensorError as error:  # its only reason here: the disk, which it reports in words
         raise OSError(f"cannot write {path}: {_first_line(error)}") from error
+
+
+def write_mapped(
+    path: str | Path,
+    specs: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    fill: Callable[[dict[str, Tensor]], object],
+    kind: str,
+    **fields: Any,
+) -> None:
+    """The same for tensors that memory does not hold: ``fill`` writes them where they lie.
+
+    ``specs`` gives dtype and shape by name. ``fill`` receives tensors of zeros that are mapped to
+    the file, so that the system can take their memory back at any time.
+
+    Raises:
+        OSError: the disk has no room for the file; nothing is written.
+    """
+    # Wider dtypes first: every tensor is aligned to its own elements.
+    ordered = sorted(specs, key=lambda name: -specs[name][0].itemsize)
+    header: dict[str, Any] = {"__metadata__": _metadata(kind, fields)}
+    end = 0
+    for name in ordered:
+        dtype, shape = specs[name]
+        start, end = end, end + prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _DTYPES[dtype], "shape": shape, "data_offsets": [start, end]}
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-(len(encoded) + 8) % _PAGE)
+    first = len(encoded) + 8
+
+    def write(temporary: str) -> None:
+        with open(temporary, "r+b") as file:
+            if hasattr(os, "posix_fallocate"):
+                # Without it, a full disk would kill the process at some later store.
+                os.posix_fallocate(file.fileno(), 0, first + end)
+            else:
+                file.truncate(first + end)
+            file.write(len(encoded).to_bytes(8, "little") + encoded)
+        mapped = torch.from_file(temporary, shared=True, size=first + end, dtype=torch.uint8)
+        tensors = {}
+        for name in ordered:
+            start, stop = (first + offset for offset in header[name]["data_offsets"])
+            tensors[name] = mapped[start:stop].view(specs[name][0]).view(specs[name][1])
+        fill(tensors)
+
+    write_atomically(path, write)
+
+
+def data_offsets(path: str | Path) -> dict[str, tuple[int, int]]:
+    """The first byte in the file, and the end, of every tensor of a safetensors file."""
+    with open(_existing(path), "rb") as file, parts_of(path):
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        return {
+            name: (8 + length + entry["data_offsets"][0], 8 + length + entry["data_offsets"][1])
+            for name, entry in header.items()
+            if name != "__metadata__"
+        }
 
 
 def read_tensors(
@@ -177,6 +246,14 @@ def digest(tensor: Tensor) -> str:
     flat = plain.as_strided((plain.numel(),), (1,))
     hasher.update(flat.view(torch.uint8).numpy().data)
     return hasher.hexdigest()
+
+
+def _metadata(kind: str, fields: Mapping[str, Any]) -> dict[str, str]:
+    return {
+        "format": f"atlas_kernels.{kind}" if kind else "pt",
+        "version": str(_VERSION),
+        **{key: json.dumps(value) for key, value in fields.items()},
+    }
 
 
 def _existing(path: str | Path) -> Path:

@@ -123,18 +123,55 @@ def _compose_by_extension(
 
 
 def bank_compose(
-    base: Tensor, deltas: Tensor, coef: Tensor, layout: Layout, backend: str = "auto"
+    base: Tensor,
+    deltas: Tensor,
+    coef: Tensor,
+    layout: Layout,
+    backend: str = "auto",
+    scales: Tensor | None = None,
+    bits: int = 0,
 ) -> Tensor:
     """The composed arena [P] of arenas ``base`` [P] and ``deltas`` [N * P], laid out by ``layout``.
 
-    ``coef`` is (N, B) or (N,) on the same device. Differentiable in ``coef`` and ``base``.
+    ``coef`` is (N, B) or (N,) on the same device. With ``bits``, ``deltas`` are packed words that
+    have ``scales`` (see `codecs.packed`). Differentiable in ``coef`` and ``base``.
     """
     num_blocks = len(layout.shapes)
     result: Tensor = _BankCompose.apply(
         resolve(backend, base.device.type, False),
         _per_block(coef.to(torch.float32), num_blocks),
         base,
+        bits,
         deltas,
+        scales,
+        layout.tile_block,
+        layout.tile_offset,
+        layout.block_tile,
+    )
+    return result
+
+
+def bank_coef_grad(
+    grad: Tensor,
+    deltas: Tensor,
+    num_vectors: int,
+    layout: Layout,
+    backend: str = "auto",
+    scales: Tensor | None = None,
+    bits: int = 0,
+) -> Tensor:
+    """``<grad, tau_i>`` over each block (N, B): what `bank_compose` hands back to ``coef``.
+
+    ``grad`` is an arena [P]; differentiable in it.
+    """
+    result: Tensor = _BankCoefGrad.apply(
+        resolve(backend, grad.device.type, False),
+        num_vectors,
+        torch.float32,
+        grad,
+        bits,
+        deltas,
+        scales,
         layout.tile_block,
         layout.tile_offset,
         layout.block_tile,
@@ -344,25 +381,33 @@ def _scaled(
 
 
 class _BankCompose(_Batched):
-    """(backend, coef [N, B], base [P], deltas [N * P], *tables) -> composed arena [P]."""
+    """(backend, coef [N, B], base [P], bits, deltas, scales, *tables) -> composed arena [P]."""
 
     @staticmethod
     def forward(
         backend: str,
         coef: Tensor,
         base: Tensor,
+        bits: int,
         deltas: Tensor,
+        scales: Tensor | None,
         tile_block: Tensor,
         tile_offset: Tensor,
         block_tile: Tensor,
     ) -> Tensor:
-        op = getattr(torch.ops, ops.namespace(backend)).bank_compose
-        composed: Tensor = op(base.contiguous(), deltas, coef.contiguous(), tile_block, tile_offset)
+        ops_of = getattr(torch.ops, ops.namespace(backend))
+        base, coef = base.contiguous(), coef.contiguous()
+        if bits:
+            composed: Tensor = ops_of.packed_compose(
+                base, deltas, scales, bits, coef, tile_block, tile_offset
+            )
+        else:
+            composed = ops_of.bank_compose(base, deltas, coef, tile_block, tile_offset)
         return composed
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.backend, coef, _, *tensors = inputs
+        ctx.backend, coef, _, ctx.bits, *tensors = inputs
         ctx.num_vectors, ctx.dtype = coef.shape[0], coef.dtype
         ctx.save_for_backward(*tensors)
 
@@ -371,14 +416,14 @@ class _BankCompose(_Batched):
         coef_grad = None
         if ctx.needs_input_grad[1]:
             coef_grad = _BankCoefGrad.apply(
-                ctx.backend, ctx.num_vectors, ctx.dtype, grad, *ctx.saved_tensors
+                ctx.backend, ctx.num_vectors, ctx.dtype, grad, ctx.bits, *ctx.saved_tensors
             )
         base_grad = grad if ctx.needs_input_grad[2] else None
-        return None, coef_grad, base_grad, None, None, None, None
+        return None, coef_grad, base_grad, None, None, None, None, None, None
 
 
 class _BankCoefGrad(_Batched):
-    """(backend, N, dtype, grad [P], deltas [N * P], *tables) -> <grad, tau_i> per block [N, B]."""
+    """(backend, N, dtype, grad [P], bits, deltas, scales, *tables) -> <grad, tau_i> [N, B]."""
 
     @staticmethod
     def forward(
@@ -386,28 +431,31 @@ class _BankCoefGrad(_Batched):
         num_vectors: int,
         dtype: torch.dtype,
         grad: Tensor,
+        bits: int,
         deltas: Tensor,
+        scales: Tensor | None,
         tile_block: Tensor,
         tile_offset: Tensor,
         block_tile: Tensor,
     ) -> Tensor:
-        op = getattr(torch.ops, ops.namespace(backend)).bank_coef_grad
-        result: Tensor = op(
-            grad.contiguous(), deltas, tile_block, tile_offset, block_tile, num_vectors, dtype
-        )
+        ops_of = getattr(torch.ops, ops.namespace(backend))
+        grad, tables = grad.contiguous(), (tile_block, tile_offset, block_tile)
+        if bits:
+            result: Tensor = ops_of.packed_coef_grad(
+                grad, deltas, scales, bits, *tables, num_vectors, dtype
+            )
+        else:
+            result = ops_of.bank_coef_grad(grad, deltas, *tables, num_vectors, dtype)
         return result
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.backend, _, _, grad, *tensors = inputs
+        ctx.backend, _, _, grad, ctx.bits, *tensors = inputs
         ctx.grad_dtype, ctx.numel = grad.dtype, grad.numel()
         ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        deltas, tile_block, tile_offset, block_tile = ctx.saved_tensors
         zeros = grad.new_zeros(ctx.numel, dtype=ctx.grad_dtype)
-        composed = _BankCompose.apply(
-            ctx.backend, grad, zeros, deltas, tile_block, tile_offset, block_tile
-        )
-        return None, None, None, composed, None, None, None, None
+        composed = _BankCompose.apply(ctx.backend, grad, zeros, ctx.bits, *ctx.saved_tensors)
+        return None, None, None, composed, None, None, None, None, None, None

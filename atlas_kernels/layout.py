@@ -1,4 +1,4 @@
-"""Where every element of a bank lies: blocks padded to 16 elements, cut into interleaved tiles.
+"""Where every element of a bank lies: blocks padded to whole vectors, cut into interleaved tiles.
 
 A bank with N task vectors over B blocks keeps its base in one flat arena of P elements and its
 deltas in one flat arena of N * P elements:
@@ -9,6 +9,9 @@ deltas in one flat arena of N * P elements:
 Tile t covers base elements [tile_offset[t], tile_offset[t + 1]); its deltas start at
 N * tile_offset[t], vector i of it at + i * (length of the tile). One pass therefore reads the
 whole bank front to back, a block is one contiguous range, and no address needs a search.
+
+Packed deltas lie in the same order, with fewer stored items (words, scales) than elements: an
+element's offset times the items per element is the offset of its item.
 """
 
 from __future__ import annotations
@@ -21,18 +24,14 @@ from math import prod
 import torch
 from torch import Tensor
 
-# Elements. Every block starts at, and is zero-padded to, a multiple of this: full 128-bit loads for
-# every storage dtype, and zeros keep sums exact.
+# Elements. Every block starts at, and is zero-padded to, a multiple of this, or of the larger unit
+# that a codec packs together: full 128-bit loads for every storage dtype, and zeros keep sums
+# exact.
 ALIGNMENT = 16
 # Elements. Fixed, because the backward sums tile by tile: were it tunable, so would be the result's
 # last bits. 4096 fp32 accumulators (16 KiB) stay in a CPU's first-level cache and in a GPU's
 # registers (measured for the GPU at compile time: 7.0 instructions per element at 1024, 4.1 here).
 TILE = 4096
-
-
-def padded(length: int) -> int:
-    """`length` rounded up to a multiple of `ALIGNMENT`."""
-    return -(-length // ALIGNMENT) * ALIGNMENT
 
 
 @dataclass(frozen=True)
@@ -54,9 +53,9 @@ class Layout:
     block_tile: Tensor
 
     @classmethod
-    def from_shapes(cls, shapes: Sequence[Sequence[int]]) -> Layout:
-        """The layout of blocks with these shapes, tables on the CPU."""
-        sizes = [padded(prod(shape)) for shape in shapes]
+    def from_shapes(cls, shapes: Sequence[Sequence[int]], alignment: int = ALIGNMENT) -> Layout:
+        """The layout of blocks with these shapes, padded to `alignment`, tables on the CPU."""
+        sizes = [-(-prod(shape) // alignment) * alignment for shape in shapes]
         offsets = (0, *accumulate(sizes))
         counts = torch.tensor([-(-size // TILE) for size in sizes], dtype=torch.int64)
         block_tile = torch.zeros(len(sizes) + 1, dtype=torch.int64)
@@ -101,7 +100,8 @@ class Layout:
         for shape, start, end in zip(self.shapes, self.offsets, self.offsets[1:], strict=False):
             length = prod(shape)
             kept.append(len(sizes))
-            sizes += [length, end - start - length] if length % ALIGNMENT else [length]
+            padding = end - start - length
+            sizes += [length, padding] if padding else [length]
         chunks = torch.split(flat, sizes)
         return tuple(
             # A chunk has one dimension; a view of each would cost more than the split.
@@ -111,16 +111,21 @@ class Layout:
 
 
 def pieces(region: Tensor, length: int, num_vectors: int = 1) -> list[Tensor]:
-    """One block's interleaved rows as views [tiles, N, elements]: its full tiles, then its tail.
+    """One block's interleaved rows as views [tiles, N, items]: its full tiles, then its tail.
 
-    `region` is the block's flat range of N * length elements, `length` its padded length. With the
-    default N = 1 this cuts a range of the base, of the output or of a gradient alike.
+    `region` is the block's flat range of N rows of `length` elements (padding included), each
+    stored as a number of items. With the default N = 1 this cuts a range of the base, of the output
+    or of a gradient alike.
     """
-    full = length // TILE * TILE
-    cut = full * num_vectors
+    if not length:
+        return []
+    items = region.numel() // num_vectors if num_vectors else 0
+    per_tile = items * TILE // length
+    full = length // TILE
+    cut = full * num_vectors * per_tile
     views = []
     if full:
-        views.append(region[:cut].view(full // TILE, num_vectors, TILE))
-    if full < length:
-        views.append(region[cut:].view(1, num_vectors, length - full))
+        views.append(region[:cut].view(full, num_vectors, per_tile))
+    if full * TILE < length:
+        views.append(region[cut:].view(1, num_vectors, items - full * per_tile))
     return views

@@ -1,10 +1,10 @@
 """Every operator's schema and fake, once for each backend's namespace.
 
-`torch.ops.atlas_kernels_<backend>` holds the same four functional operators for every backend; a
+`torch.ops.atlas_kernels_<backend>` holds the same six functional operators for every backend; a
 backend only implements them (`backends/`). They carry no derivative formulas and are private: the
 derivatives live in the autograd Functions of `compose.py`.
 
-A delta with no elements stands for "this task vector has no such block".
+In the list form a delta with no elements stands for "this task vector has no such block".
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from .codecs.packed import GROUP
 
 BACKENDS = ("torch", "cpp", "triton", "cuda")
 
@@ -26,6 +28,14 @@ SCHEMAS = {
     "bank_coef_grad": (
         "(Tensor grad, Tensor deltas, Tensor tile_block, Tensor tile_offset, Tensor block_tile,"
         " int num_vectors, ScalarType dtype) -> Tensor"
+    ),
+    "packed_compose": (
+        "(Tensor base, Tensor words, Tensor scales, int bits, Tensor coef, Tensor tile_block,"
+        " Tensor tile_offset) -> Tensor"
+    ),
+    "packed_coef_grad": (
+        "(Tensor grad, Tensor words, Tensor scales, int bits, Tensor tile_block,"
+        " Tensor tile_offset, Tensor block_tile, int num_vectors, ScalarType dtype) -> Tensor"
     ),
 }
 
@@ -75,11 +85,49 @@ def _bank_coef_grad_fake(
     return grad.new_empty((num_vectors, block_tile.numel() - 1), dtype=dtype)
 
 
+def _packed_compose_fake(
+    base: Tensor,
+    words: Tensor,
+    scales: Tensor,
+    bits: int,
+    coef: Tensor,
+    tile_block: Tensor,
+    tile_offset: Tensor,
+) -> Tensor:
+    _check_packed(base, words, scales, bits, coef.shape[0])
+    torch._check(tile_offset.numel() == tile_block.numel() + 1)
+    return torch.empty_like(base)
+
+
+def _packed_coef_grad_fake(
+    grad: Tensor,
+    words: Tensor,
+    scales: Tensor,
+    bits: int,
+    tile_block: Tensor,
+    tile_offset: Tensor,
+    block_tile: Tensor,
+    num_vectors: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    _check_packed(grad, words, scales, bits, num_vectors)
+    torch._check(tile_offset.numel() == tile_block.numel() + 1)
+    return grad.new_empty((num_vectors, block_tile.numel() - 1), dtype=dtype)
+
+
+def _check_packed(wide: Tensor, words: Tensor, scales: Tensor, bits: int, num_vectors: int) -> None:
+    elements = num_vectors * wide.numel()
+    torch._check(words.numel() * 32 == elements * bits)
+    torch._check(scales.numel() * GROUP == elements)
+
+
 _FAKES: dict[str, Callable[..., Any]] = {
     "compose": _compose_fake,
     "coef_grad": _coef_grad_fake,
     "bank_compose": _bank_compose_fake,
     "bank_coef_grad": _bank_coef_grad_fake,
+    "packed_compose": _packed_compose_fake,
+    "packed_coef_grad": _packed_coef_grad_fake,
 }
 
 

@@ -8,12 +8,14 @@ does, and what every CPU can do alike.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from .codecs.packed import GROUP, levels
 from .layout import TILE, pieces
 
 
@@ -91,6 +93,87 @@ def bank_coef_grad(
                 product = wide[:, 0].to(dtype) * delta[:, i].to(dtype)
                 result[i, b] += tree_sum(product.flatten())
     return result
+
+
+def packed_compose(
+    base: Tensor,
+    words: Tensor,
+    scales: Tensor,
+    bits: int,
+    coef: Tensor,
+    tile_block: Tensor,
+    tile_offset: Tensor,
+) -> Tensor:
+    """The same with packed deltas: words int32, scales bfloat16 (see `codecs.packed`).
+
+    The scale of a group is multiplied into the coefficient first, and that product is rounded:
+    base + sum_i (coef[i, b] * scale) * level.
+    """
+    num_vectors = coef.shape[0]
+    composed = torch.empty_like(base)
+    for b, start, end in _blocks(tile_block, tile_offset):
+        targets = pieces(composed[start:end], end - start)
+        sources = pieces(base[start:end], end - start)
+        rows = _packed_rows(words, scales, bits, start, end, num_vectors)
+        for target, source, (level, scale) in zip(targets, sources, rows, strict=True):
+            total = source[:, 0].to(coef.dtype, copy=True)
+            for i in range(num_vectors):
+                factor = coef[i, b] * scale[:, i].to(coef.dtype)
+                total += factor.repeat_interleave(GROUP, 1) * level(i).to(coef.dtype)
+            target[:, 0] = total.to(base.dtype)
+    return composed
+
+
+def packed_coef_grad(
+    grad: Tensor,
+    words: Tensor,
+    scales: Tensor,
+    bits: int,
+    tile_block: Tensor,
+    tile_offset: Tensor,
+    block_tile: Tensor,
+    num_vectors: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """<grad, tau_i> over each block with packed deltas: (N, B) in `dtype`.
+
+    Summed within groups of one scale first: sum_groups scale * <grad, level>.
+    """
+    result = torch.zeros(num_vectors, block_tile.numel() - 1, dtype=dtype, device=grad.device)
+    for b, start, end in _blocks(tile_block, tile_offset):
+        wides = pieces(grad[start:end], end - start)
+        rows = _packed_rows(words, scales, bits, start, end, num_vectors)
+        for wide, (level, scale) in zip(wides, rows, strict=True):
+            for i in range(num_vectors):
+                product = wide[:, 0].to(dtype) * level(i).to(dtype)
+                sums = product.unflatten(1, (-1, GROUP)).sum(2)
+                result[i, b] += tree_sum((sums * scale[:, i].to(dtype)).flatten())
+    return result
+
+
+def _packed_rows(
+    words: Tensor, scales: Tensor, bits: int, start: int, end: int, num_vectors: int
+) -> Iterator[tuple[Callable[[int], Tensor], Tensor]]:
+    """For each piece of a block: i to the levels [tiles, elements], and scales [tiles, N, groups].
+
+    Decoded one vector at a time, so that a bank is never expanded.
+    """
+
+    def region(items: Tensor, elements_per_item: int, numerator: int = 1) -> Tensor:
+        first = num_vectors * start * numerator // elements_per_item
+        return items[first : num_vectors * end * numerator // elements_per_item]
+
+    length = end - start
+    for word, scale in zip(
+        pieces(region(words, 32, bits), length, num_vectors),
+        pieces(region(scales, GROUP), length, num_vectors),
+        strict=True,
+    ):
+        yield partial(_levels_of, word, bits), scale
+
+
+def _levels_of(words: Tensor, bits: int, vector: int) -> Tensor:
+    return levels(words[:, vector], bits)
 
 
 def tree_sum(values: Tensor) -> Tensor:

@@ -135,10 +135,17 @@ def test_dense_codecs(codec: str) -> None:
     assert all(same_bits(block, base[name]) for name, block in bank.base.items())
 
 
-@pytest.mark.parametrize("codec", ["bf17", "", "int4", "BF16", "float32"])
+@pytest.mark.parametrize("codec", ["bf17", "", "int5", "BF16", "float32"])
 def test_unknown_codec(codec: str) -> None:
     base = make_base()
     with pytest.raises(ValueError, match=f"unknown codec '{codec}': expected one of 'fp32'"):
+        ak.TaskVectorBank.from_task_vectors(base, make_vectors(base), codec=codec)
+
+
+@pytest.mark.parametrize("codec", ["auto", "auto:", "auto:1", "auto:nan", "auto:four"])
+def test_budget_out_of_reach(codec: str) -> None:
+    base = make_base()
+    with pytest.raises(ValueError, match=f"codec '{codec}': .*at least 1.125 bits"):
         ak.TaskVectorBank.from_task_vectors(base, make_vectors(base), codec=codec)
 
 
@@ -370,7 +377,7 @@ def altered(vector: ak.TaskVector, **deltas: Tensor) -> ak.TaskVector:
         ({"head": torch.ones(31, 2)}, r"'task-1', block 'head' .*\(31, 2\), expected \(2, 31\)"),
         ({"head": torch.full((2, 31), torch.nan)}, "'task-1', block 'head'.*finite"),
         # 1e5 is a float32 that float16 does not hold.
-        ({"head": torch.full((2, 31), 1e5)}, "'task-1', block 'head'.*finite.*float16"),
+        ({"head": torch.full((2, 31), 1e5)}, "'task-1', block 'head'.*finite.*fp16"),
     ],
 )
 def test_vectors_that_do_not_fit(change: dict[str, Tensor], message: str) -> None:
@@ -521,8 +528,8 @@ def test_damaged_metadata(metadata: dict[str, str], tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"deltas.0": torch.zeros(32)}, "segment 0 holds"),
-        ({"base.0": torch.zeros(16)}, "segment 0 holds"),
+        ({"deltas.0": torch.zeros(32)}, r"damaged.*the deltas of 1 task vectors.*\(32, "),
+        ({"base.0": torch.zeros(16)}, r"damaged.*the base of 1 task vectors.*\(16, "),
         ({"deltas.0": None}, "damaged"),
         ({"constant.step": None}, "damaged"),
     ],

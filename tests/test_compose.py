@@ -30,7 +30,6 @@ from torch.utils.checkpoint import checkpoint
 import atlas_kernels as ak
 from atlas_kernels import ops, reference
 from atlas_kernels.backends import resolve
-from atlas_kernels.bank import _pack
 from atlas_kernels.compose import _BankCompose, bank_compose
 from atlas_kernels.layout import TILE, Layout
 
@@ -265,7 +264,7 @@ def test_gradcheck_of_the_bank_form() -> None:
     tables = layout.tile_block, layout.tile_offset, layout.block_tile
 
     def function(coef: Tensor, base: Tensor) -> Any:
-        return _BankCompose.apply("torch", coef, base, deltas, *tables)
+        return _BankCompose.apply("torch", coef, base, 0, deltas, None, *tables)
 
     assert gradcheck(function, (coef, base))
     assert gradgradcheck(function, (coef, base))
@@ -340,7 +339,7 @@ def bank_arguments(base: list[Tensor], deltas: list[list[Tensor]]) -> tuple[Tens
         str(i): ak.TaskVector(dict(zip(members, vector, strict=True)))
         for i, vector in enumerate(deltas)
     }
-    segment = _pack(list(range(len(base))), members, vectors, torch.float32)
+    (segment,) = ak.TaskVectorBank.from_task_vectors(members, vectors, codec="fp32").segments
     return segment.base, segment.deltas, segment.layout
 
 

@@ -6,23 +6,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import shapes
 
-from atlas_kernels.layout import ALIGNMENT, TILE, Layout, padded, pieces
+from atlas_kernels.layout import ALIGNMENT, TILE, Layout, pieces
 
 block_lists = st.lists(shapes(), max_size=6)
 
 
-def test_padded() -> None:
-    assert [padded(n) for n in (0, 1, 15, 16, 17, 4096, 4097)] == [0, 16, 16, 16, 32, 4096, 4112]
-
-
-@given(block_lists)
-def test_tables_against_a_construction_element_by_element(blocks: list[tuple[int, ...]]) -> None:
-    layout = Layout.from_shapes(blocks)
+@given(block_lists, st.sampled_from([ALIGNMENT, 128, 512]))
+def test_tables_against_a_construction_element_by_element(
+    blocks: list[tuple[int, ...]], alignment: int
+) -> None:
+    layout = Layout.from_shapes(blocks, alignment)
     offsets, tile_block, tile_offset, block_tile = [0], [], [], [0]
     position = 0
     for b, shape in enumerate(blocks):
         length = prod(shape)
-        while length % ALIGNMENT:
+        while length % alignment:
             length += 1
         remaining = length
         while remaining > 0:
@@ -106,10 +104,8 @@ def test_pieces_address_every_element_once_and_in_the_documented_order(
 
 def test_pieces_of_nothing() -> None:
     assert pieces(torch.empty(0), 0, 3) == []
-    assert [tuple(view.shape) for view in pieces(torch.empty(0), TILE + 16, 0)] == [
-        (1, 0, TILE),
-        (1, 0, 16),
-    ]
+    # No row says how many items an element has.
+    assert [tuple(view.shape[:2]) for view in pieces(torch.empty(0), TILE + 16, 0)] == [(1, 0)] * 2
 
 
 @pytest.mark.parametrize("device", ["cpu", torch.device("meta")])

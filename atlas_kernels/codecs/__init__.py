@@ -1,0 +1,38 @@
+"""How a bank stores its deltas: `dense` floating point, or `packed` integers with scales.
+
+A codec turns one row of elements into stored items, and back; the kernels decode tile by tile.
+"""
+
+from __future__ import annotations
+
+from .dense import Dense
+from .packed import Packed
+
+Codec = Dense | Packed
+
+CODECS: dict[str, Codec] = {
+    codec.name: codec
+    for codec in (
+        Dense("fp32"),
+        Dense("bf16"),
+        Dense("fp16"),
+        Packed("int8", 8),
+        Packed("int4", 4),
+        Packed("int3", 3),
+        Packed("int2", 2),
+        Packed("sign", 1),
+    )
+}
+
+
+def codec_named(name: str) -> Codec:
+    """The codec of this name. Raises ValueError for an unknown one."""
+    if name not in CODECS:
+        raise ValueError(
+            f"unknown codec {name!r}: expected one of {', '.join(map(repr, CODECS))}, or "
+            "'auto:<bits>' for an average of so many bits per weight, scales included"
+        )
+    return CODECS[name]
+
+
+__all__ = ["CODECS", "Codec", "Dense", "Packed", "codec_named"]
