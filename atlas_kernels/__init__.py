@@ -4,14 +4,17 @@ from .backends import BackendUnavailableError, backends
 from .bank import TaskVectorBank
 from .compose import compose
 from .composed import ComposedModel
+from .plan import Plan, plan
 from .task_vector import TaskVector
 
 __all__ = [
     "BackendUnavailableError",
     "ComposedModel",
+    "Plan",
     "TaskVector",
     "TaskVectorBank",
     "backends",
     "compose",
+    "plan",
 ]
 __version__ = "0.1.0"

@@ -38,6 +38,8 @@ class TaskVectorBank:
         errors: float32 (N, B), ``|stored - delta| / |delta|`` of each vector's block.
         base_digests: fingerprint of each block's base.
         constants: all other tensors of the base, by name.
+        fields: what its files say of it, as JSON has it.
+        path: the file that it was loaded from, or None.
         aliases: names under which the base also holds a block (tied weights), to the block's name.
 
     Example:
@@ -59,7 +61,7 @@ class TaskVectorBank:
 
         ``tensors`` and ``fields`` are what `Packing` makes and `save` writes.
         """
-        self._fields = fields
+        self.fields = fields
         self.names: tuple[str, ...] = tuple(fields["names"])
         self.blocks: tuple[str, ...] = tuple(fields["blocks"])
         self.shapes: tuple[tuple[int, ...], ...] = tuple(map(tuple, fields["shapes"]))
@@ -68,7 +70,6 @@ class TaskVectorBank:
         self.aliases: dict[str, str] = dict(fields["aliases"])
         self.constants = dict(constants)
         self.errors = tensors["errors"]
-        # The file that the bank is mapped from.
         self.path: Path | None = None
         codecs = [self.codec] * len(self.blocks)
         segments = []
@@ -147,9 +148,14 @@ class TaskVectorBank:
         `TaskVector.load` do that), no more than one block of all vectors has to be in memory.
 
         Raises:
+            ValueError: besides, no chosen block is changed by any of the vectors.
             OSError: the file cannot be written, or the disk has no room for it; nothing is changed.
         """
         packing = Packing.of(base, vectors, codec, include, exclude, progress)
+        if not packing.blocks:
+            raise ValueError(
+                "nothing to pack: no chosen block is changed by any of the task vectors"
+            )
         fields = packing.fields()
         constants = {f"constant.{name}": tensor for name, tensor in packing.constants.items()}
         specs = packing.specs()
@@ -197,7 +203,7 @@ class TaskVectorBank:
 
     @property
     def device(self) -> torch.device:
-        """Where base and deltas live."""
+        """Where the base lives, and what is composed from it."""
         return self.segments[0].base.device if self.segments else torch.device("cpu")
 
     @property
@@ -249,13 +255,23 @@ class TaskVectorBank:
             },
         }
 
-    def to(self, device: torch.device | str) -> TaskVectorBank:
-        """A bank on ``device`` (this one, if it is there already)."""
+    def to(self, device: torch.device | str, *, deltas: bool = True) -> TaskVectorBank:
+        """A bank on ``device`` (this one, if it is there already).
+
+        Without ``deltas``, they stay where they are: such a bank can be streamed, not composed.
+        """
         if torch.device(device) == self.device:
             return self
-        tensors = {name: tensor.to(device) for name, tensor in self._tensors().items()}
+        tensors = {
+            name: tensor.to(device)
+            if deltas or not name.startswith(("deltas.", "scales."))
+            else tensor
+            for name, tensor in self._tensors().items()
+        }
         constants = {name: tensor.to(device) for name, tensor in self.constants.items()}
-        return TaskVectorBank(tensors, constants, self._fields)
+        moved = TaskVectorBank(tensors, constants, self.fields)
+        moved.path = None if deltas else self.path
+        return moved
 
     def save(self, path: str | Path) -> None:
         """Writes one safetensors file, with a checksum of every chunk of the deltas."""
@@ -263,7 +279,7 @@ class TaskVectorBank:
         checksums = {
             f"checksums.{index}": segment.checksums() for index, segment in enumerate(self.segments)
         }
-        write_tensors(path, {**constants, **self._tensors(), **checksums}, _KIND, **self._fields)
+        write_tensors(path, {**constants, **self._tensors(), **checksums}, _KIND, **self.fields)
 
     def _tensors(self) -> dict[str, Tensor]:
         tensors = {"errors": self.errors}

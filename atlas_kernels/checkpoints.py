@@ -217,6 +217,14 @@ def describe(path: str | Path) -> tuple[str, dict[str, Any], dict[str, tuple[str
     return kind.removeprefix("atlas_kernels.") if ours else "", fields, tensors
 
 
+def torch_dtype(name: str) -> torch.dtype:
+    """The dtype that safetensors, or PyTorch, calls by this name. Raises ValueError if none."""
+    for dtype, its in _DTYPES.items():
+        if name in (its, str(dtype).removeprefix("torch.")):
+            return dtype
+    raise ValueError(f"unknown dtype {name!r}")
+
+
 def write_atomically(path: str | Path, write: Callable[[str], object]) -> None:
     """Calls ``write(temporary name)`` beside ``path`` and renames; nothing is left on failure."""
     path = Path(path)

@@ -73,7 +73,7 @@ def compose(
         return ()
     accumulate = _accumulation_dtype(base, deltas, coef)
     chosen = resolve(backend, base[0].device.type, accumulate == torch.float64)
-    absent = base[0].new_empty(0)
+    absent = base[0].new_empty(ops.ABSENT)
     flat = [absent if delta is None else delta for vector in deltas for delta in vector]
     result: tuple[Tensor, ...] = _Compose.apply(
         chosen, len(base), _per_block(coef.to(accumulate), len(base)), *base, *flat
@@ -101,16 +101,13 @@ def _compose_by_extension(
         return None
     if not coef.is_floating_point() or base[0].device.type != "cpu":
         return None
-    absent = torch.empty(0)
+    absent = torch.empty(ops.ABSENT)
     flat = [absent if delta is None else delta for vector in deltas for delta in vector]
     try:
-        # The extension takes a delta without elements as absent, whatever its shape.
-        if 0 in map(Tensor.numel, (delta for delta in flat if delta is not absent)):
+        # Ten times as fast as asking each delta.
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*flat):
             return None
     except TypeError:
-        return None
-    # Ten times as fast as asking each delta.
-    if torch.is_grad_enabled() and torch._C._any_requires_grad(*flat):
         return None
     if resolve(backend, "cpu", False) != "cpp":
         return None

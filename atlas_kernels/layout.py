@@ -34,6 +34,11 @@ ALIGNMENT = 16
 TILE = 4096
 
 
+def padded(elements: int, alignment: int) -> int:
+    """`elements` rounded up to a multiple of `alignment`."""
+    return -(-elements // alignment) * alignment
+
+
 @dataclass(frozen=True)
 class Layout:
     """Offsets and tile tables of B blocks with the given `shapes`.
@@ -55,7 +60,7 @@ class Layout:
     @classmethod
     def from_shapes(cls, shapes: Sequence[Sequence[int]], alignment: int = ALIGNMENT) -> Layout:
         """The layout of blocks with these shapes, padded to `alignment`, tables on the CPU."""
-        sizes = [-(-prod(shape) // alignment) * alignment for shape in shapes]
+        sizes = [padded(prod(shape), alignment) for shape in shapes]
         offsets = (0, *accumulate(sizes))
         counts = torch.tensor([-(-size // TILE) for size in sizes], dtype=torch.int64)
         block_tile = torch.zeros(len(sizes) + 1, dtype=torch.int64)

@@ -4,7 +4,7 @@
 backend only implements them (`backends/`). They carry no derivative formulas and are private: the
 derivatives live in the autograd Functions of `compose.py`.
 
-In the list form a delta with no elements stands for "this task vector has no such block".
+In the list form a delta of the shape `ABSENT` stands for "this task vector has no such block".
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ from torch import Tensor
 from .codecs.packed import GROUP
 
 BACKENDS = ("torch", "cpp", "triton", "cuda")
+
+# No elements, and a shape that no parameter has: one that is empty by mistake is still found out.
+ABSENT = (0,) * 8
 
 SCHEMAS = {
     "compose": "(Tensor[] base, Tensor[] deltas, Tensor coef) -> Tensor[]",

@@ -6,7 +6,7 @@ tensors that are given to it, in memory or mapped to a file, one block of one ve
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .checkpoints import digest
-from .codecs import CODECS, Codec, codec_named
+from .codecs import CODECS, Codec, parse_codec
 from .compose import STORAGE_DTYPES
 from .layout import Layout, pieces
 from .task_vector import TaskVector
@@ -74,16 +74,17 @@ class Packing:
         progress: bool,
     ) -> Packing:
         """Raises as `TaskVectorBank.from_task_vectors` documents."""
-        fixed, budget = _parsed(codec)
-        parameters, constants, aliases = _split_base(base)
+        fixed, budget = parse_codec(codec)
+        parameters, constants, aliases = split_base(base)
         named = _named(vectors)
         digests = {name: digest(parameter) for name, parameter in parameters.items()}
         for name, vector in named.items():
             _check_vector(name, vector, parameters, digests, aliases)
         blocks: dict[str, Tensor] = {}
         for block, parameter in parameters.items():
-            chosen = _chosen(block, include, exclude)
-            if chosen and any(_changes(vector, block) for vector in named.values()):
+            if chosen(block, include, exclude) and any(
+                _changes(vector, block) for vector in named.values()
+            ):
                 _check_block(block, parameter, next(iter(blocks.values()), parameter))
                 blocks[block] = parameter
             else:
@@ -165,24 +166,6 @@ class Packing:
                         None if scales is None else scales[scale_items(first) : scale_items(last)],
                     )
                     bar.update()
-
-
-def _parsed(codec: str) -> tuple[Codec | None, float]:
-    """A named codec, or None and the budget of "auto:<bits>"; ValueError for anything else."""
-    name, _, bits = codec.partition(":")
-    if name != "auto":
-        return codec_named(codec), 0.0
-    least = _LADDER[0].bits_per_weight
-    try:
-        budget = float(bits)
-    except ValueError:
-        budget = 0.0
-    if not budget >= least:
-        raise ValueError(
-            f"codec {codec!r}: expected 'auto:<bits>' with at least {least} bits per weight, "
-            "for example 'auto:3.5'"
-        )
-    return None, budget
 
 
 def _within_budget(
@@ -286,7 +269,7 @@ def _relative(decoded: Tensor, row: Tensor) -> float:
     return float(torch.linalg.vector_norm(decoded - row, dtype=torch.float64) / norm.clamp(1e-300))
 
 
-def _split_base(
+def split_base(
     base: Mapping[str, Tensor] | nn.Module,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, str]]:
     """The base's parameters, its other tensors, and second names of tied parameters."""
@@ -299,13 +282,15 @@ def _split_base(
     parameters: dict[str, Tensor] = {}
     constants: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
-    seen: dict[tuple[int, torch.Size, tuple[int, ...]], str] = {}
+    seen: dict[Hashable, str] = {}
     for name, tensor in state.items():
         tensor = tensor.detach()
         if name in buffers or not tensor.is_floating_point():
             constants[name] = tensor
             continue
-        identity = (tensor.data_ptr(), tensor.shape, tensor.stride())
+        # Tensors without data have no address, but their storage has an identity.
+        address = tensor.data_ptr() or (tensor.untyped_storage()._cdata, tensor.storage_offset())
+        identity = (address, tensor.shape, tensor.stride())
         if tensor.numel() and identity in seen:
             aliases[name] = seen[identity]
             continue
@@ -373,7 +358,8 @@ def _check_block(block: str, parameter: Tensor, first: Tensor) -> None:
         )
 
 
-def _chosen(block: str, include: Patterns, exclude: Patterns) -> bool:
+def chosen(block: str, include: Patterns, exclude: Patterns) -> bool:
+    """Whether shell-style patterns choose a block."""
     included = include is None or _matches(block, include)
     return included and not (exclude is not None and _matches(block, exclude))
 

@@ -123,15 +123,50 @@ def coefficient_figure(
     coef: Array, vectors: Sequence[str], blocks: Sequence[str], *, title: str
 ) -> Figure:
     """Heat map of coefficients [N, B]: vectors by blocks, blocks grouped by layer."""
-    groups = group_blocks(blocks)
-    order = [column for _, columns, _ in groups for column in columns]
-    names = [name for _, _, labels in groups for name in labels]
     figure = _figure(_WIDTH, 1.9 + 0.19 * len(vectors))
     axes = figure.subplots()
     limit = float(np.abs(coef).max()) or 1.0
-    picture = axes.imshow(
-        coef[:, order], cmap="PuOr", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest"
-    )
+    _block_map(axes, coef, vectors, blocks, cmap="PuOr", vmin=-limit, vmax=limit)
+    kinds = [name.rsplit("-", 1)[0] for name in vectors]
+    for row in range(1, len(vectors)):
+        if kinds[row] != kinds[row - 1]:
+            axes.axhline(row - 0.5, color="white", linewidth=2)
+    _colorbar(figure, axes, "coefficient")
+    figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold")
+    return figure
+
+
+def bank_figure(
+    errors: Array,
+    bits: Sequence[float],
+    vectors: Sequence[str],
+    blocks: Sequence[str],
+    *,
+    title: str,
+) -> Figure:
+    """Heat map of relative errors [N, B] of a bank's deltas, and each block's bits per weight."""
+    figure = _figure(_WIDTH, 3.2 + 0.19 * len(vectors))
+    upper, axes = figure.subplots(2, 1, height_ratios=(1.2, 2 + 0.19 * len(vectors)), sharex=True)
+    groups = group_blocks(blocks)
+    order = [column for _, columns, _ in groups for column in columns]
+    upper.bar(range(len(bits)), [bits[column] for column in order], width=1.0, color=BLUE)
+    upper.set_ylabel("bits per weight", fontsize=8.5)
+    upper.tick_params(labelsize=7.5, bottom=False)
+    _plain(upper, "y")
+    _block_map(axes, errors, vectors, blocks, cmap="viridis", vmin=0, vmax=float(errors.max()) or 1)
+    _colorbar(figure, axes, "|stored - delta| / |delta|")
+    figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold")
+    return figure
+
+
+def _block_map(
+    axes: Axes, values: Array, vectors: Sequence[str], blocks: Sequence[str], **colors: Any
+) -> None:
+    """An image of [N, B] values, blocks grouped and named by layer."""
+    groups = group_blocks(blocks)
+    order = [column for _, columns, _ in groups for column in columns]
+    names = [name for _, _, labels in groups for name in labels]
+    axes.imshow(values[:, order], aspect="auto", interpolation="nearest", **colors)
     axes.set_yticks(range(len(vectors)), list(vectors), fontsize=7.5)
     axes.set_xticks(range(len(names)), names, rotation=90, fontsize=6.5)
     axes.tick_params(length=0)
@@ -152,16 +187,13 @@ def coefficient_figure(
             fontsize=8.5,
         )
         start = end
-    kinds = [name.rsplit("-", 1)[0] for name in vectors]
-    for row in range(1, len(vectors)):
-        if kinds[row] != kinds[row - 1]:
-            axes.axhline(row - 0.5, color="white", linewidth=2)
-    bar = figure.colorbar(picture, ax=axes, fraction=0.025, pad=0.015)
-    bar.set_label("coefficient", fontsize=8.5)
+
+
+def _colorbar(figure: Figure, axes: Axes, label: str) -> None:
+    bar = figure.colorbar(axes.images[0], ax=axes, fraction=0.025, pad=0.015)
+    bar.set_label(label, fontsize=8.5)
     bar.ax.tick_params(labelsize=7.5)
     bar.outline.set_visible(False)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold")
-    return figure
 
 
 def group_blocks(blocks: Sequence[str]) -> list[tuple[str, list[int], list[str]]]:

@@ -123,19 +123,6 @@ class Segment:
             None if self.scales is None else self.scales[scales(first) : scales(last)]
         )
 
-    def to(self, device: torch.device | str) -> Segment:
-        """The same segment on another device."""
-        return Segment(
-            self.columns,
-            self.index.to(device),
-            self.layout.to(device),
-            self.codec,
-            self.num_vectors,
-            self.base.to(device),
-            self.deltas.to(device),
-            None if self.scales is None else self.scales.to(device),
-        )
-
 
 @dataclass(frozen=True)
 class Chunk:

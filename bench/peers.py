@@ -125,7 +125,13 @@ def matmul(inputs: Inputs) -> Way:
 
 def compiled(inputs: Inputs) -> Way:
     """`torch.compile` of one block's loop, for any length; it compiles once per N, in advance."""
-    columns = [[vector[b].flatten() for vector in inputs.deltas] for b in range(len(inputs.base))]
+
+    def flat(tensor: Tensor) -> Tensor:
+        # A copy: a view has a guard on the shape of what it views, and every shape recompiles.
+        return tensor.flatten().clone()
+
+    columns = [[flat(vector[b]) for vector in inputs.deltas] for b in range(len(inputs.base))]
+    base, grads = list(map(flat, inputs.base)), list(map(flat, inputs.grads))
 
     @torch.compile(dynamic=True)
     def add(base: Tensor, coef: Tensor, deltas: list[Tensor]) -> Tensor:
@@ -139,13 +145,12 @@ def compiled(inputs: Inputs) -> Way:
 
     def forward() -> Sequence[Tensor]:
         return [
-            add(block.flatten(), inputs.coef[:, b], columns[b]).view(block.shape)
+            add(base[b], inputs.coef[:, b], columns[b]).view(block.shape)
             for b, block in enumerate(inputs.base)
         ]
 
     def backward() -> Tensor:
-        grads = inputs.grads
-        return torch.stack([dot(g.flatten(), columns[b]) for b, g in enumerate(grads)], 1)
+        return torch.stack([dot(grad, columns[b]) for b, grad in enumerate(grads)], 1)
 
     return forward, backward
 

@@ -10,7 +10,7 @@ import atlas_kernels as ak
 from atlas_kernels import cli
 from atlas_kernels.composed import write_coefficients
 
-COMMANDS = ("info", "demo", "diff", "bank", "merge", "inspect")
+COMMANDS = ("info", "demo", "diff", "bank", "merge", "inspect", "plan")
 
 
 @pytest.fixture

@@ -539,7 +539,7 @@ def test_opcheck(backend: str) -> None:
     # No arguments without storage: opcheck wraps each in a fresh tensor.
     base = [torch.randn(3, 5), torch.randn(17).bfloat16(), torch.tensor(1.5)]
     deltas = [torch.randn(3, 5), torch.randn(17).half(), torch.tensor(1.0)]
-    deltas += [torch.randn(5, 3).t(), torch.empty(0), torch.tensor(1.0).bfloat16()]
+    deltas += [torch.randn(5, 3).t(), torch.empty(ops.ABSENT), torch.tensor(1.0).bfloat16()]
     coef = torch.randn(2, 3)
     arena, packed, layout = bank_arguments(*simple(40)[:2])
     tables = layout.tile_block, layout.tile_offset

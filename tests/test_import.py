@@ -74,8 +74,9 @@ print(sorted(ak.__all__), ak.__version__)
 """,
         tmp_path,
     )
-    expected = ["BackendUnavailableError", "ComposedModel", "TaskVector", "TaskVectorBank"]
-    assert output.startswith(repr([*expected, "backends", "compose"]))
+    expected = ["BackendUnavailableError", "ComposedModel", "Plan"]
+    expected += ["TaskVector", "TaskVectorBank"]
+    assert output.startswith(repr([*expected, "backends", "compose", "plan"]))
     assert list(tmp_path.iterdir()) == []
 
 

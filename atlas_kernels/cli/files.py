@@ -32,7 +32,10 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
     bank.add_argument("base", metavar="BASE", type=Path, help=f"the pre-trained {_CHECKPOINT}")
     bank.add_argument("vectors", metavar="VECTOR", type=Path, nargs="+", help="made by diff")
     bank.add_argument(
-        "--codec", default="bf16", help="how deltas are stored: fp32, bf16 or fp16 (%(default)s)"
+        "--codec",
+        default="bf16",
+        help="how deltas are stored: fp32, bf16, fp16, int8, int4, int3, int2, sign, or auto:BITS "
+        "for an average of so many bits per weight (%(default)s)",
     )
     for option, effect in (("--include", "compose only"), ("--exclude", "do not compose")):
         bank.add_argument(
@@ -59,6 +62,9 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
         "inspect", _inspect, "describe a file: vector, bank, coefficients, state dict"
     )
     inspect.add_argument("file", metavar="FILE", type=Path)
+    inspect.add_argument(
+        "--picture", metavar="PNG", type=Path, help="of a bank: bits and error of every block"
+    )
 
 
 def _diff(arguments: argparse.Namespace) -> None:
@@ -88,16 +94,15 @@ def _bank(arguments: argparse.Namespace) -> None:
     from ..checkpoints import read_state_dict
     from ..task_vector import TaskVector
 
-    bank = TaskVectorBank.from_task_vectors(
+    bank = TaskVectorBank.pack(
+        output,
         read_state_dict(arguments.base),
         [TaskVector.load(path) for path in arguments.vectors],
         codec=arguments.codec,
         include=arguments.include,
         exclude=arguments.exclude,
+        progress=True,
     )
-    if not bank.blocks:
-        raise ValueError("nothing to pack: no chosen block is changed by any of the task vectors")
-    bank.save(output)
     print(f"{output}: {bank!r}")
 
 
@@ -133,22 +138,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
         print(f"{_count(deltas)}; made from a base of {len(fields['base'])} parameters")
         _print_tensors(deltas)
     elif kind == "bank":
-        print(f"{path}: bank of {len(fields['names'])} task vectors, {stored}")
-        print(f"codec {fields['codec']}; task vectors: {', '.join(fields['names'])}")
-        print(f"{len(fields['constants'])} tensors of the base are not composed; the blocks are")
-        dtypes = {
-            column: tensors[f"base.{index}"][0]
-            for index, columns in enumerate(fields["segments"])
-            for column in columns
-        }
-        _print_tensors(
-            {
-                block: (dtypes[column], shape)
-                for column, (block, shape) in enumerate(
-                    zip(fields["blocks"], fields["shapes"], strict=True)
-                )
-            }
-        )
+        _inspect_bank(path, arguments.picture)
     elif kind == "coefficients":
         from ..checkpoints import read_tensors
 
@@ -168,6 +158,43 @@ def _inspect(arguments: argparse.Namespace) -> None:
         what = kind or "state dict"
         print(f"{path}: {what}, {_count(tensors)}, {stored}")
         _print_tensors(tensors)
+
+
+def _inspect_bank(path: Path, picture: Path | None) -> None:
+    from ..bank import TaskVectorBank
+    from ..codecs import codec_named
+    from .output import print_table, size
+
+    bank = TaskVectorBank.load(path)
+    bits = [codec_named(codec).bits_per_weight for codec in bank.codecs]
+    print(f"{path}: bank of {len(bank.names)} task vectors, {size(path.stat().st_size)}")
+    print(f"task vectors: {', '.join(bank.names)}")
+    print(f"codec {bank.codec}, {bank.bits_per_weight:.3f} bits per weight, scales included")
+    print(f"{len(bank.constants)} tensors of the base are not composed; the blocks are")
+    errors = bank.errors.norm(dim=0) / max(1, len(bank.names)) ** 0.5
+    print_table(
+        ("block", "dtype", "shape", "codec", "bits", "error"),
+        [
+            (
+                block,
+                str(base.dtype).removeprefix("torch."),
+                str(tuple(base.shape)),
+                codec,
+                f"{its:g}",
+                f"{error:.2%}",
+            )
+            for (block, base), codec, its, error in zip(
+                bank.base.items(), bank.codecs, bits, errors.tolist(), strict=True
+            )
+        ],
+        numbers=2,
+    )
+    if picture is not None:
+        from ..plots import bank_figure, save
+
+        title = f"{path.name}: codec {bank.codec}, {bank.bits_per_weight:.2f} bits per weight"
+        save(bank_figure(bank.errors.numpy(), bits, bank.names, bank.blocks, title=title), picture)
+        print(f"picture: {picture}")
 
 
 def _checked(output: Path, *inputs: Path) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
@@ -16,6 +17,7 @@ from ..checkpoints import read_tensors, write_tensors
 
 Tokenizer = Callable[[list[str]], Tensor]
 
+_CLIP_ARGUMENTS = ("embed_dim", "vision_cfg", "text_cfg", "quick_gelu")
 _KIND = "embedded_model"
 _TOKEN_TABLE = "token_embedding.weight"
 _TOKEN_IDS = "token_ids"
@@ -67,6 +69,25 @@ def build_embedded_model(vocab_size: int | None = None) -> nn.Module:
     if vocab_size is not None:
         config["text_cfg"]["vocab_size"] = vocab_size
     return cast(nn.Module, open_clip.CLIP(**config))
+
+
+def image_encoder(architecture: str) -> nn.Module:
+    """The image encoder of an open_clip architecture ("ViT-B-32", ...), randomly initialised.
+
+    Raises:
+        ImportError: open_clip is not installed.
+        ValueError: it knows no such architecture.
+    """
+    open_clip = _open_clip()
+    config = open_clip.get_model_config(architecture)
+    if config is None or "text_cfg" not in config:
+        close = get_close_matches(architecture, open_clip.list_models(), 3, 0.4)
+        raise ValueError(
+            f"open_clip has no architecture {architecture!r}"
+            + (f": did you mean {' or '.join(close)}?" if close else "")
+        )
+    config = {key: value for key, value in config.items() if key in _CLIP_ARGUMENTS}
+    return cast(nn.Module, open_clip.CLIP(**config).visual)
 
 
 def tokenizer_for(model: nn.Module) -> Tokenizer:

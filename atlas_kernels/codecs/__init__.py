@@ -35,4 +35,25 @@ def codec_named(name: str) -> Codec:
     return CODECS[name]
 
 
-__all__ = ["CODECS", "Codec", "Dense", "Packed", "codec_named"]
+def parse_codec(text: str) -> tuple[Codec | None, float]:
+    """A named codec; or None, and the bits per weight of "auto:<bits>".
+
+    Raises ValueError for anything else.
+    """
+    name, _, bits = text.partition(":")
+    if name != "auto":
+        return codec_named(text), 0.0
+    least = CODECS["sign"].bits_per_weight
+    try:
+        budget = float(bits)
+    except ValueError:
+        budget = 0.0
+    if not budget >= least:
+        raise ValueError(
+            f"codec {text!r}: expected 'auto:<bits>' with at least {least} bits per weight, "
+            "for example 'auto:3.5'"
+        )
+    return None, budget
+
+
+__all__ = ["CODECS", "Codec", "Dense", "Packed", "codec_named", "parse_codec"]

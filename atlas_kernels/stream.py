@@ -1,0 +1,343 @@
+"""Deltas that stay in the bank's file, or in host memory, and are read ahead of their use.
+
+A block is composed, and its gradient reduced, chunk by chunk: whatever the number of task vectors
+and the size of a block, no more than a fixed number of chunks is in memory. A training step uses
+the blocks in the same order every time, first forward, then backward; the stream learns which block
+follows which, and keeps the disk busy with the next ones.
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .bank import TaskVectorBank
+from .checkpoints import FileFormatError, data_offsets, read_tensors
+from .segment import Segment, chunks, crc
+
+# Chunks read ahead, being read and in use, together. Two threads: one waits for the disk while the
+# other checks what has come.
+SLOTS = 8
+_THREADS = 2
+
+
+class Stream:
+    """The blocks of a bank, one at a time: what `on_use` composes with memory="stream".
+
+    Composing a block reads its deltas once, and so does the gradient of its coefficients.
+
+    Args:
+        bank: whose base is where blocks are composed, and whose deltas are on the CPU. If it was
+            loaded from a file, they are read from there.
+
+    Raises:
+        ValueError: the bank is in memory already, and on the device that composes; or its file was
+            replaced since it was loaded.
+    """
+
+    def __init__(self, bank: TaskVectorBank) -> None:
+        device = bank.device
+        if bank.path is None and device.type == "cpu":
+            raise ValueError(
+                "memory='stream' reads the deltas from a file, but this bank is in memory: save it "
+                "and use TaskVectorBank.load(path), or use memory='recompute'"
+            )
+        self._bank = bank
+        self._device = device
+        self.num_vectors = len(bank.names)
+        self._source: _Source = _Host(bank) if bank.path is None else _File(bank.path, bank)
+        self._pieces = self._cut()
+        self._base: list[Tensor] = [torch.empty(0)] * len(bank.blocks)
+        for segment in bank.segments:
+            for block in segment.blocks():
+                self._base[block.columns[0]] = block.base
+        size = max((piece.nbytes for block in self._pieces for piece in block), default=0)
+        self._buffers: SimpleQueue[_Buffer] = SimpleQueue()
+        for _ in range(SLOTS):
+            self._buffers.put(_Buffer(size, device))
+        self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="atlas-kernels-stream")
+        self._pending: dict[_Piece, Future[_Buffer]] = {}
+        # The block that came after two others the last time. Two, because a backward pass meets the
+        # same blocks from the other side.
+        self._next: dict[tuple[int, int], int] = {}
+        self._last = (-1, -1)
+
+    def compose(self, column: int, coef: Tensor, /) -> Tensor:
+        """``base + sum_i coef[i] * delta_i`` [P'] of a block for coef (N,); P' with padding."""
+        composed: Tensor = _Compose.apply(self, column, coef, self._base[column])
+        return composed
+
+    def coef_grad(self, column: int, grad: Tensor, /) -> Tensor:
+        """``<grad, delta_i>`` (N,) over a block for grad [P']; chunks are summed in float64."""
+        result: Tensor = _CoefGrad.apply(self, column, grad)
+        return result
+
+    def read(self, column: int) -> Iterator[tuple[slice, Segment]]:
+        """A block's elements piece by piece, each with a segment that is valid until the next."""
+        self._next[self._last] = column
+        self._last = (self._last[1], column)
+        for k, piece in enumerate(self._pieces[column]):
+            if piece not in self._pending:
+                self._request(column, k)
+            future = self._pending.pop(piece)
+            self._request(column, k + 1)
+            buffer = future.result()
+            try:
+                yield slice(piece.start, piece.end), self._segment(piece, buffer)
+            finally:
+                buffer.release()
+                self._buffers.put(buffer)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Stream:
+        return Stream(self._bank)
+
+    def __reduce__(self) -> Any:
+        return Stream, (self._bank,)
+
+    def _cut(self) -> list[list[_Piece]]:
+        pieces: list[list[_Piece]] = [[] for _ in self._bank.blocks]
+        count = len(self._bank.names)
+        for index, segment in enumerate(self._bank.segments):
+            codec, offsets = segment.codec, segment.layout.offsets
+            cuts = chunks(segment.layout, codec, count)
+            for cut, checksum in zip(cuts, self._source.checksums(index, len(cuts)), strict=True):
+                column, first = segment.columns[cut.block], offsets[cut.block]
+                low, high = count * cut.start, count * cut.end
+                items = codec.items(low), codec.items(high)
+                scales = codec.scales(low), codec.scales(high)
+                pieces[column].append(
+                    _Piece(
+                        column,
+                        cut.start - first,
+                        cut.end - first,
+                        index,
+                        tuple(n * codec.dtype.itemsize for n in items),
+                        tuple(n * torch.bfloat16.itemsize for n in scales),
+                        checksum,
+                    )
+                )
+        return pieces
+
+    def _request(self, column: int, k: int) -> None:
+        """Has the pieces of a block read from the k-th on, and those that will probably follow."""
+        # One slot is the caller's.
+        wanted = list(islice(self._upcoming(column, k), SLOTS - 1))
+        for piece in [piece for piece in self._pending if piece not in wanted]:
+            self._discard(self._pending.pop(piece))
+        for piece in wanted:
+            if piece not in self._pending:
+                self._pending[piece] = self._pool.submit(self._filled, piece)
+
+    def _upcoming(self, column: int, k: int) -> Iterator[_Piece]:
+        yield from self._pieces[column][k:]
+        before, now = self._last
+        # As far as a step that uses every block three times, so that empty blocks come to an end.
+        for _ in range(3 * len(self._pieces)):
+            following = self._next.get((before, now))
+            if following is None:
+                return
+            yield from self._pieces[following]
+            before, now = now, following
+
+    def _discard(self, future: Future[_Buffer]) -> None:
+        def give_back(done: Future[_Buffer]) -> None:
+            if not done.cancelled() and done.exception() is None:
+                self._buffers.put(done.result())
+
+        future.cancel()
+        future.add_done_callback(give_back)
+
+    def _filled(self, piece: _Piece) -> _Buffer:
+        buffer = self._buffers.get()
+        try:
+            deltas, scales = buffer.views(piece)
+            self._source.read(f"deltas.{piece.segment}", piece.deltas[0], deltas)
+            self._source.read(f"scales.{piece.segment}", piece.scales[0], scales)
+            if piece.checksum is not None and crc(deltas, scales) != piece.checksum:
+                raise FileFormatError(
+                    f"{self._bank.path}: a checksum of block {self._bank.blocks[piece.column]!r} "
+                    "fails: the file was damaged or changed since it was written. Pack it again"
+                )
+        except BaseException:
+            self._buffers.put(buffer)
+            raise
+        return buffer
+
+    def _segment(self, piece: _Piece, buffer: _Buffer) -> Segment:
+        codec = self._bank.segments[piece.segment].codec
+        deltas, scales = buffer.views(piece)
+        return Segment.of(
+            (piece.column,),
+            ((piece.end - piece.start,),),
+            codec,
+            len(self._bank.names),
+            self._base[piece.column][piece.start : piece.end],
+            deltas.to(self._device, non_blocking=True).view(codec.dtype),
+            scales.to(self._device, non_blocking=True).view(torch.bfloat16) if codec.bits else None,
+        )
+
+
+class _Compose(torch.autograd.Function):
+    """(stream, column, coef (N,), base [P']) -> composed [P'].
+
+    Like `_CoefGrad` a Function of its own: inside, nothing is recorded, and so nothing is saved
+    that lies in a buffer. Each is the derivative of the other.
+    """
+
+    @staticmethod
+    def forward(stream: Stream, column: int, coef: Tensor, base: Tensor) -> Tensor:
+        composed = torch.empty_like(base)
+        for elements, segment in stream.read(column):
+            part = replace(segment, base=base[elements])
+            composed[elements] = part.compose(coef)
+        return composed
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.stream, ctx.column, *_ = inputs
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return None, None, _CoefGrad.apply(ctx.stream, ctx.column, grad), None
+
+
+class _CoefGrad(torch.autograd.Function):
+    """(stream, column, grad [P']) -> <grad, delta_i> (N,)."""
+
+    @staticmethod
+    def forward(stream: Stream, column: int, grad: Tensor) -> Tensor:
+        total = torch.zeros(stream.num_vectors, dtype=torch.float64, device=grad.device)
+        for elements, segment in stream.read(column):
+            total += segment.coef_grad(grad[elements])[:, 0]
+        return total.float()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.stream, ctx.column, grad = inputs
+        ctx.shape, ctx.dtype = grad.shape, grad.dtype
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        zeros = grad.new_zeros(ctx.shape, dtype=ctx.dtype)
+        return None, None, _Compose.apply(ctx.stream, ctx.column, grad, zeros)
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A chunk of a block.
+
+    Attributes:
+        column: the block's place in the bank.
+        start, end: its elements within the block.
+        segment: the block's segment.
+        deltas, scales: first byte and end in the segment's arenas.
+        checksum: of both, if they come from a file.
+    """
+
+    column: int
+    start: int
+    end: int
+    segment: int
+    deltas: tuple[int, ...]
+    scales: tuple[int, ...]
+    checksum: int | None
+
+    @property
+    def nbytes(self) -> int:
+        return self.deltas[1] - self.deltas[0] + self.scales[1] - self.scales[0]
+
+
+class _Buffer:
+    """Host memory for one chunk; page-locked if a GPU copies from it."""
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self._bytes = torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
+        self._copied = torch.cuda.Event() if device.type == "cuda" else None
+
+    def views(self, piece: _Piece) -> tuple[Tensor, Tensor]:
+        """The bytes of the deltas and of the scales."""
+        middle = piece.deltas[1] - piece.deltas[0]
+        return self._bytes[:middle], self._bytes[middle : piece.nbytes]
+
+    def release(self) -> None:
+        """Waits until the GPU has copied what it was told to."""
+        if self._copied is not None:
+            self._copied.record()
+            self._copied.synchronize()
+
+
+class _Source(Protocol):
+    def checksums(self, segment: int, count: int) -> list[int] | list[None]: ...
+
+    def read(self, name: str, offset: int, target: Tensor) -> None: ...
+
+
+class _Host:
+    """A bank in host memory."""
+
+    def __init__(self, bank: TaskVectorBank) -> None:
+        self._arenas: dict[str, Tensor] = {}
+        for index, segment in enumerate(bank.segments):
+            for name, tensor in (("deltas", segment.deltas), ("scales", segment.scales)):
+                if tensor is not None:
+                    self._arenas[f"{name}.{index}"] = tensor.view(torch.uint8)
+
+    def checksums(self, segment: int, count: int) -> list[None]:
+        return [None] * count
+
+    def read(self, name: str, offset: int, target: Tensor) -> None:
+        if target.numel():
+            target.copy_(self._arenas[name][offset : offset + target.numel()])
+
+
+class _File:
+    """A bank's file, kept open: a file of the same name that replaces it is not read."""
+
+    def __init__(self, path: Path, bank: TaskVectorBank) -> None:
+        self._path = path
+        self._descriptor = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._descriptor)
+        self._offsets = data_offsets(path)
+        tensors, fields = read_tensors(path, "bank")
+        if fields != bank.fields:
+            raise ValueError(
+                f"{path} was replaced by another bank since it was loaded: load it again"
+            )
+        self._checksums = {
+            name: tensor.tolist()
+            for name, tensor in tensors.items()
+            if name.startswith("checksums.")
+        }
+
+    def checksums(self, segment: int, count: int) -> list[int]:
+        found: list[int] = self._checksums[f"checksums.{segment}"]
+        if len(found) != count:
+            raise FileFormatError(
+                f"{self._path}: {len(found)} checksums for {count} chunks of deltas: the file is "
+                "damaged"
+            )
+        return found
+
+    def read(self, name: str, offset: int, target: Tensor) -> None:
+        if not target.numel():
+            return
+        view = memoryview(target.numpy().data)
+        position = self._offsets[name][0] + offset
+        while view:
+            count = os.preadv(self._descriptor, [view], position)
+            if count == 0:
+                raise FileFormatError(
+                    f"{self._path}: ends at byte {position}, in the middle of the deltas: it was "
+                    "shortened since it was loaded"
+                )
+            view, position = view[count:], position + count
