@@ -20,7 +20,9 @@ from torch import Tensor
 
 from atlas_kernels import reference
 from atlas_kernels.backends import triton as backend
-from atlas_kernels.layout import TILE, Layout
+from atlas_kernels.codecs import CODECS, Packed
+from atlas_kernels.codecs.packed import GROUP, levels
+from atlas_kernels.layout import TILE, Layout, pieces
 
 pytestmark = pytest.mark.skipif(
     backend.unavailable() is not None or "cpu" not in backend.devices(),
@@ -34,6 +36,8 @@ SHAPES = ((13,), (0,), (1,), (17, 3), (TILE,), (2, TILE + 8), (TILE + 1,))
 COUNTS = (0, 1, 2, 8, 9, 21)
 LAUNCHES = tuple((tile, warps) for tile in (1024, 2048, 4096) for warps in (4, 8))
 TABLES = ("tile_block", "tile_offset", "block_tile")
+PACKED = tuple(codec for codec in CODECS.values() if isinstance(codec, Packed))
+by_codec = pytest.mark.parametrize("codec", PACKED, ids=[codec.name for codec in PACKED])
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -135,6 +139,61 @@ def check_list(
                 assert dots[i, b] == 0
 
 
+def packed_arenas(
+    codec: Packed, count: int, dtype: torch.dtype, shapes: tuple[tuple[int, ...], ...] = SHAPES
+) -> tuple[Layout, list[Tensor]]:
+    """A layout of the shapes and [base, words, scales, coef, grad]: any codes, padding included."""
+    layout = Layout.from_shapes(shapes, codec.alignment)
+    valid = torch.zeros(layout.numel)
+    for block in layout.split(valid):
+        block.fill_(1)
+    random = generator(count)
+    words = (codec.items(count * layout.numel),)
+    scales = torch.rand(codec.scales(count * layout.numel), generator=random) + 0.1
+    return layout, [
+        (torch.randn(layout.numel, generator=random) * valid).to(dtype),
+        torch.randint(-(2**31), 2**31, words, generator=random).int(),
+        scales.bfloat16(),
+        torch.randn(count, len(shapes), generator=random),
+        (torch.randn(layout.numel, generator=random) * valid).to(dtype),
+    ]
+
+
+def packed_rows(layout: Layout, items: Tensor, count: int, b: int) -> list[Tensor]:
+    """The words or scales of block b of every vector."""
+    start, end = layout.offsets[b : b + 2]
+    per_row = items.numel() // count
+    first, last = (count * per_row * offset // layout.numel for offset in (start, end))
+    cut = pieces(items[first:last], end - start, count)
+    return [torch.cat([items[:0], *(piece[:, i].flatten() for piece in cut)]) for i in range(count)]
+
+
+def check_packed(codec: Packed, count: int, dtype: torch.dtype) -> None:
+    """Both packed operators against the float64 oracle, block by block, and the reference."""
+    layout, (base, words, scales, coef, grad) = packed_arenas(codec, count, dtype)
+    stored = (words, scales, codec.bits)
+    tables = (layout.tile_block, layout.tile_offset)
+    out = ops.packed_compose(base, *stored, coef, *tables)
+    dots = ops.packed_coef_grad(grad, *stored, *tables, layout.block_tile, count, F32)
+    assert dots.shape == (count, len(SHAPES))
+    for b, (start, end) in enumerate(zip(layout.offsets, layout.offsets[1:], strict=False)):
+        if count == 0:
+            assert same_bits(out[start:end], base[start:end])
+            continue
+        column = packed_rows(layout, words, count, b)
+        factors = [row.float() for row in packed_rows(layout, scales, count, b)]
+        # The factor of a level is rounded by definition: to the oracle it is the coefficient.
+        coefs = [
+            c * row.repeat_interleave(GROUP) for c, row in zip(coef[:, b], factors, strict=True)
+        ]
+        wide = [levels(row, codec.bits) for row in column]
+        check_close(out[start:end], base[start:end], wide, torch.stack(coefs))
+        for i, (row, factor) in enumerate(zip(column, factors, strict=True)):
+            check_dot(dots[i, b], grad[start:end], codec.decode(row, factor))
+    # The interpreter does not fuse, and so rounds as the reference does: padding included.
+    assert same_bits(out, reference.packed_compose(base, *stored, coef, *tables))
+
+
 @pytest.mark.parametrize("count", COUNTS)
 def test_bank(count: int) -> None:
     check_bank(count, F32, BF16)
@@ -164,12 +223,35 @@ def test_list_dtypes_and_forms(
     check_list(count, base, delta, form)
 
 
+@pytest.mark.parametrize(("count", "dtype"), [(0, BF16), (1, F32), (3, BF16), (3, F16), (9, F32)])
+@by_codec
+def test_packed(codec: Packed, count: int, dtype: torch.dtype) -> None:
+    check_packed(codec, count, dtype)
+
+
+@by_codec
+def test_every_code_is_decoded_exactly(codec: Packed) -> None:
+    shapes = ((8 * TILE,),)
+    layout, (base, words, scales, coef, _) = packed_arenas(codec, 1, F32, shapes)
+    # Every plane of a group, so every field of a word, has met every code.
+    for plane in levels(words, codec.bits).view(-1, GROUP // 16, 16).unbind(1):
+        assert plane.unique().numel() == 2**codec.bits
+    tables = (layout.tile_block, layout.tile_offset)
+    zero, one = torch.zeros_like(base), torch.ones_like(coef)
+    out = ops.packed_compose(zero, words, scales, codec.bits, one, *tables)
+    assert same_bits(out, codec.decode(words, scales))
+
+
 def test_no_blocks_and_no_elements() -> None:
     layout = Layout.from_shapes([(0,), (3, 0)])
     empty = torch.empty(0)
     tables = (layout.tile_block, layout.tile_offset)
     assert ops.bank_compose(empty, empty, torch.ones(2, 2), *tables).shape == (0,)
     dots = ops.bank_coef_grad(empty, empty, *tables, layout.block_tile, 2, F32)
+    assert same_bits(dots, torch.zeros(2, 2))
+    stored = (torch.empty(0, dtype=torch.int32), torch.empty(0, dtype=BF16), 3)
+    assert ops.packed_compose(empty, *stored, torch.ones(2, 2), *tables).shape == (0,)
+    dots = ops.packed_coef_grad(empty, *stored, *tables, layout.block_tile, 2, F32)
     assert same_bits(dots, torch.zeros(2, 2))
     blocks = [torch.empty(0), torch.empty(3, 0)]
     assert [out.shape for out in ops.compose(blocks, blocks * 2, torch.ones(2, 2))] == [
@@ -216,9 +298,12 @@ def test_repeated_calls_give_the_same_bits() -> None:
     layout, (_, deltas, _, grad) = arenas(2, F32, BF16)
     tables = (layout.tile_block, layout.tile_offset, layout.block_tile)
     base, foreign, _ = lists(2, None, None, "offset")
+    small, (_, words, scales, _, wide) = packed_arenas(PACKED[0], 2, F32, ((TILE + 1,),))
+    small_tables = (small.tile_block, small.tile_offset, small.block_tile)
     calls: list[Callable[[], Tensor]] = [
         lambda: ops.bank_coef_grad(grad, deltas, *tables, 2, F32),
         lambda: ops.coef_grad(base, foreign, F32),
+        lambda: ops.packed_coef_grad(wide, words, scales, PACKED[0].bits, *small_tables, 2, F32),
     ]
     for call in calls:
         first = call()
@@ -229,20 +314,34 @@ def test_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     launched: list[str] = []
 
     class Counting:
+        def __init__(self, module: Any) -> None:
+            self.module = module
+
         def __getattr__(self, name: str) -> Any:
             launched.append(name)
-            return getattr(kernels, name)
+            return getattr(self.module, name)
 
-    kernels = ops.kernels
-    monkeypatch.setattr(ops, "kernels", Counting())
+    for module in ("kernels", "packed"):
+        monkeypatch.setattr(ops, module, Counting(getattr(ops, module)))
     layout, (base, deltas, coef, grad) = arenas(2, F32, BF16)
     tables = (layout.tile_block, layout.tile_offset)
     blocks, foreign, coefs = lists(2, None, None, "offset")
+    small, (values, words, scales, factors, wide) = packed_arenas(PACKED[0], 2, F32, ((13,), (7,)))
+    stored = (words, scales, PACKED[0].bits)
+    small_tables = (small.tile_block, small.tile_offset)
     for call, names in (
         (lambda: ops.bank_compose(base, deltas, coef, *tables), ["bank_compose_kernel"]),
         (
             lambda: ops.bank_coef_grad(grad, deltas, *tables, layout.block_tile, 2, F32),
             ["bank_partial_kernel", "sum_tiles_kernel"],
+        ),
+        (
+            lambda: ops.packed_compose(values, *stored, factors, *small_tables),
+            ["packed_compose_kernel"],
+        ),
+        (
+            lambda: ops.packed_coef_grad(wide, *stored, *small_tables, small.block_tile, 2, F32),
+            ["packed_partial_kernel", "sum_tiles_kernel"],
         ),
         (lambda: ops.compose(blocks, foreign, coefs), ["compose_kernel"]),
         (lambda: ops.coef_grad(blocks, foreign, F32), ["partial_kernel", "sum_tiles_kernel"]),
@@ -266,6 +365,9 @@ def test_launch_configuration(architecture: str, count: int) -> None:
         assert launch.tile * narrowest % (lanes * launch.num_warps * 16) == 0
         assert launch.unroll == (count if count <= 8 else 0)
     assert config.BACKWARD.tile == TILE
+    # Four of the words that eight planes have in common, in 128 bits per thread.
+    packed = config.packed(architecture)
+    assert packed.tile == TILE == 4 * 8 * lanes * packed.num_warps
 
 
 # ---- tables -------------------------------------------------------------------------------------
@@ -398,6 +500,13 @@ def compute_between_fences() -> None:
     blocks, foreign, coefs = [*map(fenced, blocks)], [*map(fenced, foreign)], fenced(coefs)
     ops.compose(blocks, foreign, coefs)
     ops.coef_grad(blocks, foreign, F32)
+    for codec in PACKED:
+        layout, tensors = packed_arenas(codec, 2, F32, ((1,), (TILE + 1,)))
+        base, words, scales, coef, grad = map(fenced, tensors)
+        stored = (words, scales, codec.bits)
+        tables = [fenced(getattr(layout, name)) for name in TABLES]
+        ops.packed_compose(base, *stored, coef, *tables[:2])
+        ops.packed_coef_grad(grad, *stored, *tables, 2, F32)
 
 
 def status_of(function: Callable[[], None]) -> int:

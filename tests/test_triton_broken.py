@@ -16,14 +16,15 @@ from test_triton_codegen import Compiled, Job
 
 pytestmark = values.pytestmark
 if importlib.util.find_spec("triton") is not None:
-    from atlas_kernels.backends.triton import kernels, ops
+    from atlas_kernels.backends.triton import kernels, ops, packed
+    from atlas_kernels.codecs import CODECS
 
 BF16, F32 = torch.bfloat16, torch.float32
 
 
-def broken(folder: Path, name: str, old: str, new: str) -> Path:
-    """The file of kernels with one piece of text replaced, wherever it stands."""
-    text = Path(kernels.__file__).read_text()
+def broken(folder: Path, module: Any, name: str, old: str, new: str) -> Path:
+    """A file of kernels with one piece of text replaced, wherever it stands."""
+    text = Path(module.__file__).read_text()
     assert old in text, "the kernels have changed: adapt this mutation"
     path = folder / f"broken_{name}.py"
     path.write_text(text.replace(old, new))
@@ -93,27 +94,66 @@ def test_wrong_values_are_noticed(
     check: Callable[[], None],
 ) -> None:
     check()
-    module = code.module_from(broken(tmp_path, name, old, new))
+    module = code.module_from(broken(tmp_path, kernels, name, old, new))
     monkeypatch.setattr(ops, "kernels", module)
     with pytest.raises(AssertionError):
         check()
 
 
+PLANE = "_level(b_window, 1 + BITS * k % 16, BITS)"
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "codec"),
+    [
+        ("plane_shift", PLANE, PLANE.replace("k %", "(k ^ 1) %"), "int2"),
+        ("second_half_of_word", "o_group * 8 * BITS + BITS * k", "o_group * 8 * BITS", "int4"),
+        ("second_word_of_group", "BITS // 4 + BITS * k // 32", "BITS // 4", "int8"),
+        ("window_of_group", "o_group * 8 * BITS + BITS * k", "BITS * k", "sign"),
+        ("third_bits_of_group", "o_group % 4 * 8", "o_group % 2 * 8", "int3"),
+        ("low_words_of_group", "o_group // 2 % 2, m", "0, m", "int3"),
+        ("level", "2**BITS - 1)", "2**BITS)", "int2"),
+        ("group_of_scale", "i * groups + o_group", "i * groups + o_group // 2 * 2", "int4"),
+        ("scales_of_vector", "i * groups + o_group", "o_group", "int4"),
+        ("words_of_vector", "p_words + i * row", "p_words", "int4"),
+        ("plane_not_summed", "range(1, PLANES)", "range(1, PLANES - 1)", "int4"),
+        (
+            "rounding_of_every_sum", "b_acc[k] + b_factor * b_levels[k]",
+            "(b_acc[k] + b_factor * b_levels[k]).to(tl.float16).to(tl.float32)", "int4",
+        ),
+    ],
+)  # fmt: skip
+def test_wrong_packed_values_are_noticed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, old: str, new: str, codec: str
+) -> None:
+    module = code.module_from(broken(tmp_path, packed, name, old, new))
+    monkeypatch.setattr(ops, "packed", module)
+    with pytest.raises(AssertionError):
+        values.check_packed(CODECS[codec], 2, F32)
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="uses fork and mmap of Linux")
 @pytest.mark.parametrize(
-    ("name", "old", "new"),
+    ("module", "name", "old", "new"),
     [
-        ("tile_mask", "m = o < length", "m = o < 4096"),
-        ("absent_mask", "m & (a_delta != 0)", "m"),
-        ("last_tiles_mask", "mask=o < end, other=0", "mask=o >= 0, other=0"),
-        ("store_mask", "_narrowed(b_values, DTYPE), mask=m", "_narrowed(b_values, DTYPE)"),
+        ("kernels", "tile_mask", "m = o < length", "m = o < 4096"),
+        ("kernels", "absent_mask", "m & (a_delta != 0)", "m"),
+        ("kernels", "last_tiles_mask", "mask=o < end, other=0", "mask=o >= 0, other=0"),
+        (
+            "kernels", "store_mask",
+            "_narrowed(b_values, DTYPE), mask=m", "_narrowed(b_values, DTYPE)",
+        ),
+        ("packed", "word_mask", "tl.load(p_words + o, mask=m, other=0)", "tl.load(p_words + o)"),
+        ("packed", "scale_mask", "mask=m_group, other=0", "mask=o_group >= 0, other=0"),
+        ("packed", "plane_mask", "k * WORDS, mask=m, other=0", "k * WORDS"),
+        ("packed", "packed_store_mask", "b_out, mask=m", "b_out"),
     ],
-)
+)  # fmt: skip
 def test_stray_accesses_are_noticed(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, old: str, new: str
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, module: str, name: str, old: str, new: str
 ) -> None:
-    module = code.module_from(broken(tmp_path, name, old, new))
-    monkeypatch.setattr(ops, "kernels", module)
+    flawed = code.module_from(broken(tmp_path, getattr(ops, module), name, old, new))
+    monkeypatch.setattr(ops, module, flawed)
     with pytest.raises(AssertionError):
         values.check_fences()
 
@@ -140,16 +180,46 @@ FLAWS = {
 }  # fmt: skip
 
 
+PACKED_FLAWS = {
+    "packed_offset_32": (
+        "p_words + i * row", "p_words + i * row.to(tl.int32)", code.check_offsets,
+    ),
+    "word_divisor": (
+        "elements * BITS // (32 * WORDS) * WORDS", "elements * BITS // 32",
+        code.check_packed_widths,
+    ),
+    "start_hint": (
+        "tl.multiple_of(tl.load(p_tile_offset + i_t), 16)", "tl.load(p_tile_offset + i_t)",
+        code.check_packed_widths,
+    ),
+    "exponent_for_each_field": (
+        "((((1 << BITS) - 1) << P) |", "(((1 << BITS) - 1) << P) | (", code.check_instructions,
+    ),
+}  # fmt: skip
+
+
 def test_flaws_of_the_code_are_noticed(tmp_path: Path) -> None:
     jobs = [
-        Job("sm_90", (9,), (("bf16", "bf16"),), str(broken(tmp_path, name, old, new)))
+        Job("sm_90", (9,), (("bf16", "bf16"),), str(broken(tmp_path, kernels, name, old, new)))
         for name, (old, new, _, _) in FLAWS.items()
+    ]
+    jobs += [
+        Job(
+            "sm_90",
+            (9,),
+            (("fp32", "int4"),),
+            str(broken(tmp_path, packed, name, old, new)),
+            "packed",
+        )
+        for name, (old, new, _) in PACKED_FLAWS.items()
     ]
     # 128 elements per thread.
     jobs.append(Job("sm_90", (9,), (("fp32", "bf16"),), launch=(4096, 1, 0)))
     *results, crowded = code.compiled_elsewhere(*jobs)
-    for (_, _, check, guilty), compiled in zip(FLAWS.values(), results, strict=True):
+    for (_, _, check, guilty), compiled in zip(FLAWS.values(), results, strict=False):
         assert noticed_in(compiled, check) == set(guilty)
+    for (_, _, check), compiled in zip(PACKED_FLAWS.values(), results[len(FLAWS) :], strict=True):
+        assert noticed_in(compiled, check) == {"packed_compose_kernel", "packed_partial_kernel"}
     assert noticed_in(crowded, code.check_spills) == {"bank_compose_kernel", "compose_kernel"}
 
 

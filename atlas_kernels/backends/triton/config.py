@@ -46,9 +46,24 @@ def forward(dtypes: tuple[torch.dtype, ...], num_vectors: int, architecture: str
     task vectors is not unrolled and has to keep as many bytes in flight by itself.
     """
     unroll = num_vectors if num_vectors <= UNROLL_LIMIT else 0
-    lanes = 64 if architecture.startswith("gfx9") else 32
+    lanes = _lanes(architecture)
     loads = 1 if unroll else 2
     narrowest = min(dtype.itemsize for dtype in dtypes)
     num_warps = 4
     tile = max(1024, num_warps * lanes * loads * 16 // narrowest)
     return Launch(tile, num_warps, unroll)
+
+
+def packed(architecture: str) -> Launch:
+    """The launch of either direction of packed deltas, whatever their bits and number.
+
+    128 threads for a storage tile: each then has four words side by side, one 128-bit load, of
+    eight planes: 32 elements in 47 to 75 registers. Twice as many took 94 to 128 on sm_90, for at
+    most 7 % fewer instructions.
+    """
+    return Launch(TILE, 128 // _lanes(architecture), 0)
+
+
+def _lanes(architecture: str) -> int:
+    """Threads of a warp."""
+    return 64 if architecture.startswith("gfx9") else 32

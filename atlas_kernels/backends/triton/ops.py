@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...layout import TILE
-from . import config, kernels
+from . import config, kernels, packed
 
 _TRITON = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 _CODE = {
@@ -74,6 +74,53 @@ def bank_coef_grad(
             kernels.bank_partial_kernel[(num_tiles,)](
                 grad.contiguous(), deltas, tile_offset, part, num_vectors, num_tiles,
                 launch.tile, num_warps=launch.num_warps,
+            )  # fmt: skip
+    return _sum_tiles(part, block_tile, dtype)
+
+
+def packed_compose(
+    base: Tensor,
+    words: Tensor,
+    scales: Tensor,
+    bits: int,
+    coef: Tensor,
+    tile_block: Tensor,
+    tile_offset: Tensor,
+) -> Tensor:
+    """`reference.packed_compose` in one launch."""
+    out = torch.empty_like(base)
+    num_vectors, num_blocks = coef.shape
+    num_tiles = tile_block.numel()
+    launch = config.packed(_architecture(base.device))
+    if num_tiles:
+        with _on(base.device):
+            packed.packed_compose_kernel[(num_tiles,)](
+                base, words, scales, coef.contiguous(), tile_block, tile_offset, out,
+                num_vectors, num_blocks, bits, launch.tile, num_warps=launch.num_warps,
+            )  # fmt: skip
+    return out
+
+
+def packed_coef_grad(
+    grad: Tensor,
+    words: Tensor,
+    scales: Tensor,
+    bits: int,
+    tile_block: Tensor,
+    tile_offset: Tensor,
+    block_tile: Tensor,
+    num_vectors: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`reference.packed_coef_grad` in two launches."""
+    num_tiles = tile_block.numel()
+    part = torch.empty((num_vectors, num_tiles), dtype=torch.float32, device=grad.device)
+    launch = config.packed(_architecture(grad.device))
+    if part.numel():
+        with _on(grad.device):
+            packed.packed_partial_kernel[(num_tiles,)](
+                grad.contiguous(), words, scales, tile_offset, part, num_vectors, num_tiles,
+                bits, launch.tile, num_warps=launch.num_warps,
             )  # fmt: skip
     return _sum_tiles(part, block_tile, dtype)
 

@@ -1,17 +1,19 @@
-# What Triton compiles has no Python types; its constants are upper case.
-# ruff: noqa: N803
-# mypy: disable-error-code="no-untyped-def,untyped-decorator"
-"""The Triton kernels for packed task vectors (`codecs.packed`); names as in `kernels`.
+# Constants of a kernel are upper case; what Triton compiles has no Python types, and its tuples
+# are joined by sums alone.
+# ruff: noqa: N803, RUF005
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,assignment"
+"""The Triton kernels for packed deltas (`codecs.packed`): decoded in registers, never in memory.
 
-A program holds one storage tile as GROUPS groups of PLANES planes of WORDS elements, each plane a
-tensor [GROUPS, WORDS]: all planes of a group share its scale, and element (group, word) of each has
-its code in the same one or two words. Groups that share their words load them together.
+Names as in `kernels`. A program holds a storage tile as PLANES tensors [GROUPS, WORDS], plane k of
+them elements 16 * k to 16 * k + 15 of every group of one scale. All planes take their codes from
+the same one or two words per (group, word), so that words are loaded once, and 128 bits per thread
+where a thread has four of them side by side; groups that share words load them together.
 
-A code becomes a number in two operations. Its field, masked in place, is put into the fraction of
-a float that is a power of two; subtracting that power, and all that a level is less than twice its
-code, is exact:
+A code becomes its level in two operations. Masked in place, its field is left in the fraction of a
+float whose exponent makes the field's last bit worth two; what is to be subtracted is exact in
+float32 if the field starts above bit 0:
 
-    float(2**(24 - p) with the field at bit p) = 2**(24 - p) + 2 * u
+    float(exponent of 2**(24 - p), u at bit p) = 2**(24 - p) + 2 * u
 """
 
 from __future__ import annotations
@@ -25,46 +27,86 @@ from .kernels import _narrowed
 GROUP = tl.constexpr(packed.GROUP)
 WORDS = tl.constexpr(packed.WORDS)
 PLANES = tl.constexpr(packed.GROUP // packed.WORDS)
+# Has every bit of the exponents of 2**1 to 2**32, of which a mask leaves those of one: with the
+# exponent already there, a single operation masks and places a field.
+EXPONENTS = tl.constexpr(0x9F << 23)
+
+
+@triton.jit
+def _words_of(elements, BITS: tl.constexpr):
+    """The number of words of whole units; rounding down changes nothing and proves a divisor."""
+    return elements * BITS // (32 * WORDS) * WORDS
+
+
+@triton.jit
+def _words(p_words, o_unit, m):
+    """WORDS words for every group, from o_unit [GROUPS, 1] * WORDS on: uint32 [GROUPS, WORDS]."""
+    o = o_unit * WORDS + tl.arange(0, WORDS)[None, :]  # [GROUPS, WORDS]
+    return tl.load(p_words + o, mask=m, other=0).to(tl.uint32, bitcast=True)
 
 
 @triton.jit
 def _window(b_words, o_bit, FIRST: tl.constexpr):
+    """Words turned until bit o_bit, a multiple of 8, is bit FIRST < 8; set: the EXPONENTS."""
     o_left = (32 + FIRST - o_bit) % 32
-    return (b_words << o_left) | (b_words >> (32 - o_left)) | (0x9F << 23)
+    return (b_words << o_left) | (b_words >> (32 - o_left)) | EXPONENTS
 
 
 @triton.jit
-def _weighed(b_window, P: tl.constexpr, BITS: tl.constexpr, LOG_WEIGHT: tl.constexpr):
-    """`2**(23 + LOG_WEIGHT - P) + 2**LOG_WEIGHT * u` of the fields u at bit P, P + BITS <= 23."""
-    b_bits = b_window & (((1 << BITS) - 1 << P) + ((127 + 23 + LOG_WEIGHT - P) << 23))
+def _field(b_window, P: tl.constexpr, BITS: tl.constexpr, WEIGHT: tl.constexpr):
+    """`2**(23 + WEIGHT - P) + 2**WEIGHT * u` of the field u at bit P, P + BITS <= 23."""
+    b_bits = b_window & ((((1 << BITS) - 1) << P) | ((127 + 23 + WEIGHT - P) << 23))
     return b_bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _load(p, m):
-    return tl.load(p, mask=m, other=0).to(tl.uint32, bitcast=True)
+def _level(b_window, P: tl.constexpr, BITS: tl.constexpr):
+    """`2 * u + 1 - 2**BITS` of the field u at bit P, 0 < P <= 23 - BITS."""
+    return _field(b_window, P, BITS, 1) - (2.0 ** (24 - P) + 2**BITS - 1)
+
+
+@triton.jit
+def _level_of_3(b_low, b_high, P: tl.constexpr, P_HIGH: tl.constexpr):
+    """The same of two fields, 2 bits at bit P < 20 and the third at bit P_HIGH, 4 <= P_HIGH < 22.
+
+    Exact: what is subtracted is an integer below 2**24.
+    """
+    b_rest = _field(b_high, P_HIGH, 1, 3) - (2.0 ** (26 - P_HIGH) + 2.0 ** (24 - P) + 7)
+    return _field(b_low, P, 2, 1) + b_rest
+
 
 @triton.jit
 def _levels(p_words, m, BITS: tl.constexpr):
-    """The levels of the planes of a group, a tuple of float32 [GROUPS, WORDS]; p_words of a tile."""
+    """The levels of a tile whose words start at p_words: PLANES of float32 [GROUPS, WORDS]."""
     o_group = tl.arange(0, m.shape[0])[:, None]  # [GROUPS, 1]
-    o_word = tl.arange(0, WORDS)[None, :]  # [1, WORDS]
     b_levels = ()
     if BITS == 3:
-        p_unit = p_words + o_group // 4 * (3 * WORDS) + o_word
-        b_low = _window(_load(p_unit + o_group // 2 % 2 * WORDS, m), o_group % 2 * 16, 1)
-        b_high = _window(_load(p_unit + 2 * WORDS, m), o_group % 4 * 8, 4)
+        b_low = _words(p_words, o_group // 4 * 3 + o_group // 2 % 2, m)
+        b_high = _words(p_words, o_group // 4 * 3 + 2, m)
+        b_low = _window(b_low, o_group % 2 * 16, 1)
+        b_high = _window(b_high, o_group % 4 * 8, 4)
         for k in tl.static_range(PLANES):
-            b_rest = _weighed(b_high, 4 + k, 1, 3) - (2.0 ** (22 - k) + 2.0 ** (23 - 2 * k) + 7)
-            b_levels = b_levels + (_weighed(b_low, 1 + 2 * k, 2, 1) + b_rest,)
+            b_levels = b_levels + (_level_of_3(b_low, b_high, 1 + 2 * k, 4 + k),)
     else:
         for k in tl.static_range(PLANES):
-            if k * BITS % 32 == 0:
-                b_words = _load(p_words + (o_group * BITS // 4 + k * BITS // 32) * WORDS + o_word, m)
-            if k * BITS % 16 == 0:
-                b_window = _window(b_words, (o_group * (8 * BITS) + k * BITS // 16 * 16) % 32, 1)
-            b_levels = b_levels + (_weighed(b_window, 1 + k * BITS % 16, BITS, 1) - (2.0 ** (23 - k * BITS % 16) + 2**BITS - 1),)
+            if BITS * k % 32 == 0:
+                b_words = _words(p_words, o_group * BITS // 4 + BITS * k // 32, m)
+            if BITS * k % 16 == 0:
+                # 16 bits of fields leave room for the exponent.
+                b_window = _window(b_words, (o_group * 8 * BITS + BITS * k) % 32, 1)
+            b_levels = b_levels + (_level(b_window, 1 + BITS * k % 16, BITS),)
     return b_levels
+
+
+@triton.jit
+def _planes(p_tile, m):
+    """The values of a tile that starts at p_tile: PLANES of float32 [GROUPS, WORDS], 0 unless m."""
+    o = tl.arange(0, m.shape[0])[:, None] * GROUP + tl.arange(0, WORDS)[None, :]
+    b_planes = ()
+    for k in tl.static_range(PLANES):
+        b_plane = tl.load(p_tile + o + k * WORDS, mask=m, other=0)
+        b_planes = b_planes + (b_plane.to(tl.float32),)
+    return b_planes
 
 
 @triton.jit(do_not_specialize=["num_vectors", "num_blocks"])
@@ -79,32 +121,74 @@ def packed_compose_kernel(
     num_vectors,
     num_blocks,
     BITS: tl.constexpr,
-    UNIT: tl.constexpr,
-    GROUPS: tl.constexpr,
+    TILE: tl.constexpr,
 ):
+    """`out = base + sum_i (coef[i, block] * scale_i) * level_i` on one storage tile of TILE.
+
+    base, out [P], words int32 [N * P * BITS / 32] and scales bfloat16 [N * P / GROUP] interleaved
+    by tile, coef [N, B] float32, tile_block [T] int32, tile_offset [T + 1] int64; grid (T,).
+    """
     i_t = tl.program_id(0)
-    i_b = tl.load(p_tile_block + i_t)
-    start = tl.load(p_tile_offset + i_t)
-    groups = (tl.load(p_tile_offset + i_t + 1) - start) // GROUP
-    start = start // GROUP
-    o_group = tl.arange(0, GROUPS)
-    m = (o_group < groups)[:, None]
-    o = start * GROUP + o_group[:, None] * GROUP + tl.arange(0, WORDS)[None, :]
-    b_acc = ()
-    for k in tl.static_range(PLANES):
-        b_acc = b_acc + (tl.load(p_base + o + k * WORDS, mask=m, other=0).to(tl.float32),)
-    p_words += num_vectors * start // UNIT * (UNIT * BITS * 4)
-    step = groups // UNIT * (UNIT * BITS * 4)
-    p_scales += num_vectors * start
-    p_coef += i_b
+    start = tl.multiple_of(tl.load(p_tile_offset + i_t), 16)
+    length = tl.load(p_tile_offset + i_t + 1) - start
+    groups = length // GROUP
+    o_group = tl.arange(0, TILE // GROUP)  # [GROUPS]
+    m_group = o_group < groups
+    m = m_group[:, None]
+    p_words += _words_of(num_vectors * start, BITS)
+    p_scales += num_vectors * start // GROUP
+    p_coef += tl.load(p_tile_block + i_t)
+    row = _words_of(length, BITS)
     stride = num_blocks.to(tl.int64)
+    b_acc = _planes(p_base + start, m)
     for i in range(num_vectors):
-        b_levels = _levels(p_words + i * step, m, BITS)
-        b_scale = tl.load(p_scales + i * groups + o_group, mask=o_group < groups, other=0)
+        b_levels = _levels(p_words + i * row, m, BITS)
+        b_scale = tl.load(p_scales + i * groups + o_group, mask=m_group, other=0)
         b_factor = (tl.load(p_coef + i * stride) * b_scale.to(tl.float32))[:, None]
-        b_next = ()
+        b_sums = ()
         for k in tl.static_range(PLANES):
-            b_next = b_next + (b_acc[k] + b_factor * b_levels[k],)
-        b_acc = b_next
+            b_sums = b_sums + (b_acc[k] + b_factor * b_levels[k],)
+        b_acc = b_sums
+    o = o_group[:, None] * GROUP + tl.arange(0, WORDS)[None, :]  # [GROUPS, WORDS]
     for k in tl.static_range(PLANES):
-        tl.store(p_out + o + k * WORDS, _narrowed(b_acc[k], p_out.dtype.element_ty), mask=m)
+        b_out = _narrowed(b_acc[k], p_out.dtype.element_ty)
+        tl.store(p_out + start + o + k * WORDS, b_out, mask=m)
+
+
+@triton.jit(do_not_specialize=["num_vectors", "num_tiles"])
+def packed_partial_kernel(
+    p_grad,
+    p_words,
+    p_scales,
+    p_tile_offset,
+    p_part,
+    num_vectors,
+    num_tiles,
+    BITS: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """`part[i, t] = sum_groups scale_i * <grad, level_i>` on storage tile t of TILE.
+
+    part [N, T] float32; all else as above with grad for base; grid (T,).
+    """
+    i_t = tl.program_id(0)
+    start = tl.multiple_of(tl.load(p_tile_offset + i_t), 16)
+    length = tl.load(p_tile_offset + i_t + 1) - start
+    groups = length // GROUP
+    o_group = tl.arange(0, TILE // GROUP)  # [GROUPS]
+    m_group = o_group < groups
+    m = m_group[:, None]
+    p_words += _words_of(num_vectors * start, BITS)
+    p_scales += num_vectors * start // GROUP
+    p_part += i_t
+    row = _words_of(length, BITS)
+    stride = num_tiles.to(tl.int64)
+    b_grad = _planes(p_grad + start, m)
+    for i in range(num_vectors):
+        b_levels = _levels(p_words + i * row, m, BITS)
+        b_dot = b_grad[0] * b_levels[0]
+        for k in tl.static_range(1, PLANES):
+            b_dot += b_grad[k] * b_levels[k]
+        b_scale = tl.load(p_scales + i * groups + o_group, mask=m_group, other=0)
+        b_sums = tl.sum(b_dot, axis=1) * b_scale.to(tl.float32)  # [GROUPS]
+        tl.store(p_part + i * stride, tl.sum(b_sums, axis=0))
