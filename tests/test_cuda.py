@@ -1,6 +1,6 @@
 """The CUDA backend without a GPU.
 
-Values, memory accesses and barriers: the product's own `.cu` file, compiled for the CPU by
+Values, memory accesses and barriers: the product's own `.cu` files, compiled for the CPU by
 `cuda_shim` under AddressSanitizer and UndefinedBehaviorSanitizer, thread by thread in both orders.
 Machine code: nvcc's, for every architecture. Planted faults show that each check can fail.
 """
@@ -23,19 +23,25 @@ import torch
 from tolerances import compose_error, dot_error
 from torch import Tensor
 
+from atlas_kernels import reference
 from atlas_kernels.backends import cuda
+from atlas_kernels.codecs import CODECS
+from atlas_kernels.codecs.packed import GROUP, Packed
 from atlas_kernels.layout import TILE, Layout
 
 ROOT = Path(__file__).parent.parent
 SOURCES = ROOT / "csrc" / "cuda"
 SHIM = Path(__file__).parent / "cuda_shim"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of kernels.h
-OPS = ("bank_compose", "bank_coef_grad", "compose", "coef_grad")  # in the order of main.cpp
+OPS = ("bank_compose", "bank_coef_grad", "compose", "coef_grad")
+PACKED_OPS = ("packed_compose", "packed_coef_grad")
+OP_NUMBERS = (*OPS, *PACKED_OPS)  # in the order of main.cpp
 SIZES = (0, 1, 13, 16, TILE, TILE + 1, 2 * TILE + 37)
 
 
 def constant(name: str) -> int:
-    return int(re.search(rf"constexpr int {name} = (\d+);", (SOURCES / "kernels.h").read_text())[1])
+    sources = (SOURCES / "kernels.h").read_text() + (SOURCES / "packed.cu").read_text()
+    return int(re.search(rf"constexpr int {name} = (\d+);", sources)[1])
 
 
 def cuda_include() -> Path | None:
@@ -93,7 +99,7 @@ class Case:
         return cls(base, deltas, torch.randn(num_vectors, len(sizes)), **options)
 
     def encode(self, op: str) -> bytes:
-        header = [OPS.index(op)]
+        header = [OP_NUMBERS.index(op)]
         if op.startswith("bank"):
             delta_dtype = self.deltas[0][0].dtype if self.deltas else torch.float32
             lay, far = self.layout, self.far
@@ -162,6 +168,78 @@ class Case:
                 assert error <= dot_error(block, delta), f"{op}, vector {i}, block {b}"
 
 
+@dataclass(frozen=True)
+class PackedCase:
+    """One call of each operator for packed deltas, whose words are random: all codes occur.
+
+    The blocks fill their padding. The base serves as the gradient, too. `far` is that of `Case`.
+    """
+
+    codec: Packed
+    layout: Layout
+    base: Tensor
+    words: Tensor
+    scales: Tensor
+    coef: Tensor
+    far: int = 0
+    ops = PACKED_OPS
+
+    @classmethod
+    def random(cls, codec: Packed, sizes, num_vectors, dtype, far=0) -> PackedCase:
+        lay = Layout.from_shapes([(size,) for size in sizes], codec.alignment)
+        elements = num_vectors * lay.numel
+        words = torch.randint(-(2**31), 2**31, (codec.items(elements),)).int()
+        scales = torch.rand(codec.scales(elements)).add(0.5).bfloat16()
+        coef = torch.randn(num_vectors, len(sizes))
+        return cls(codec, lay, torch.randn(lay.numel).to(dtype), words, scales, coef, far)
+
+    def encode(self, op: str) -> bytes:
+        lay = self.layout
+        header = [OP_NUMBERS.index(op), DTYPES.index(self.base.dtype), self.codec.bits, lay.numel]
+        header += [len(lay.tile_block), len(lay.shapes), len(self.coef), self.far]
+        parts = [self.base, self.words, self.scales, lay.tile_block, lay.tile_offset + self.far]
+        parts += [lay.block_tile, self.coef]
+        return struct.pack(f"{len(header)}q", *header) + b"".join(map(raw, parts))
+
+    def decode(self, op: str, content: memoryview) -> tuple[list[Tensor], int]:
+        """The result by block and the bytes that it took."""
+        if op == "packed_coef_grad":
+            size = 4 * self.coef.numel()
+            return list(unraw(content[:size], torch.float32).view(self.coef.shape).T), size
+        size = self.base.numel() * self.base.itemsize
+        return self.blocks(unraw(content[:size], self.base.dtype)), size
+
+    def blocks(self, arena: Tensor) -> list[Tensor]:
+        return [arena[start:end] for start, end in pairwise(self.layout.offsets)]
+
+    def delta(self, vector: int) -> Tensor:
+        """Exact: an arena row in float64."""
+        chosen = torch.zeros_like(self.coef, dtype=torch.float64)
+        chosen[vector] = 1
+        nothing = torch.zeros(self.layout.numel, dtype=torch.float64)
+        tables = (self.layout.tile_block, self.layout.tile_offset)
+        packed = (self.words, self.scales, self.codec.bits)
+        return reference.packed_compose(nothing, *packed, chosen, *tables)
+
+    def check(self, op: str, result: list[Tensor]) -> None:
+        """Every value against float64."""
+        rows = [self.blocks(self.delta(i)) for i in range(len(self.coef))]
+        for b, (block, got) in enumerate(zip(self.blocks(self.base), result, strict=True)):
+            deltas = [row[b] for row in rows]
+            if op == "packed_compose":
+                coef = self.coef[:, b]
+                exact = block.double() + sum(
+                    c * delta for c, delta in zip(coef.double(), deltas, strict=True)
+                )
+                bound = compose_error(block, deltas, coef)
+                assert ((got.double() - exact).abs() <= bound).all(), f"{op}, block {b}"
+                continue
+            for i, delta in enumerate(deltas):
+                exact = (block.double() * delta).sum().item()
+                error = abs(got[i].item() - exact)
+                assert error <= dot_error(block, delta), f"{op}, vector {i}, block {b}"
+
+
 def with_absent(case: Case) -> Case:
     for i, vector in enumerate(case.deltas):
         for b in range(i % 3, len(vector), 3):
@@ -169,9 +247,30 @@ def with_absent(case: Case) -> Case:
     return case
 
 
-def make_cases() -> dict[str, Case]:
-    torch.manual_seed(0)
+def make_packed_cases() -> dict[str, PackedCase]:
     cases = {}
+    packed = [codec for codec in CODECS.values() if isinstance(codec, Packed)]
+    for codec, (num_vectors, dtype) in product(
+        packed, [(1, torch.float32), (3, torch.bfloat16), (9, torch.float16), (0, torch.bfloat16)]
+    ):
+        # One unit, a short tile, an empty block, several tiles.
+        sizes = (1, TILE - 3 * codec.alignment, 0, 2 * TILE + 37) if num_vectors < 9 else (TILE, 5)
+        name = f"{codec.name}-{dtype}-{num_vectors}".replace("torch.", "")
+        cases[name] = PackedCase.random(codec, sizes, num_vectors, dtype)
+        if num_vectors == 1:
+            shown = PackedCase.random(codec, sizes, 1, dtype)
+            shown.base.zero_()
+            shown.coef.fill_(1)
+            cases[f"{codec.name}-shown"] = shown
+            far = 2**30 + 512
+            cases[f"{codec.name}-far"] = PackedCase.random(codec, (TILE + 5,), 3, dtype, far)
+    cases["sign-three-groups"] = PackedCase.random(CODECS["sign"], (512,), 70, torch.float32)
+    return cases
+
+
+def make_cases() -> dict[str, Case | PackedCase]:
+    torch.manual_seed(0)
+    cases: dict[str, Case | PackedCase] = {}
     for base, delta in product(DTYPES, DTYPES):
         for num_vectors in (1, 8):
             name = f"{base}-{delta}-{num_vectors}".replace("torch.", "")
@@ -195,7 +294,7 @@ def make_cases() -> dict[str, Case]:
     far = {"far": 2**30 + 64, "ops": OPS[:2]}
     cases["far-bank"] = Case.random((TILE,), 3, torch.float32, bf16, **far)
     cases["far-list"] = Case.random((TILE + 5,), 1, bf16, bf16, far=2**31, ops=listed)
-    return cases
+    return cases | make_packed_cases()
 
 
 CASES = make_cases()
@@ -224,14 +323,20 @@ class Shim:
         assert "warning" not in done.stderr, done.stderr
         return target
 
-    def compile_kernels(self, name: str, *substitutions: tuple[str, str]) -> Path:
-        text = (SOURCES / "kernels.cu").read_text()
+    def compile_kernels(self, name: str, *substitutions: tuple[str, str]) -> list[Path]:
+        texts = {path.name: path.read_text() for path in SOURCES.iterdir()}
         for old, new in substitutions:
-            assert text.count(old) == 1, f"the planted fault has nowhere to go: {old}"
-            text = text.replace(old, new)
-        source = self.folder / f"{name}.cu"
-        source.write_text(text)
-        return self.compile(name, source, "-include", "shim.h", "-x", "c++")
+            found = [file for file, text in texts.items() for _ in range(text.count(old))]
+            assert len(found) == 1, f"the planted fault must have one place to go: {old}"
+            texts[found[0]] = texts[found[0]].replace(old, new)
+        copy = self.folder / f"{name}-sources"
+        copy.mkdir()
+        for file, text in texts.items():
+            (copy / file).write_text(text)
+        return [
+            self.compile(f"{name}-{path.stem}", path, "-include", "shim.h", "-x", "c++")
+            for path in sorted(copy.glob("*.cu"))
+        ]
 
     def link(self, name: str, *objects: Path) -> Path:
         target = self.folder / name
@@ -270,9 +375,23 @@ FAULTY_MEMORY = (
         "(tile - table.first_tile[b]) * kTile",
     ),
 )
+# One fault for each number of bits, so that one copy shows all of them.
+FAULTY_PACKED = (
+    (
+        "bank.num_vectors * at.start * kBits",
+        "(kBits > 1 ? bank.num_vectors * at.start : int32_t(bank.num_vectors * at.start)) * kBits",
+    ),
+    ("at.exists ? sum", "at.exists || kBits == 2 ? sum"),
+    ("high.load(unit + 2 * kColumns", "high.load(unit + kColumns"),
+    ("return plane * kBits % 8;", "return (kBits == 4 ? plane ^ 1 : plane) * kBits % 8;"),
+    ("at.start / kScaleGroup + at.group", "at.start / kScaleGroup + (kBits < 8 ? at.group : 0)"),
+)
 FAULTY_LOGIC = (
     ("    __syncthreads();\n", ""),
-    ("coef + bank.tile_block[blockIdx.x]", "coef + bank.tile_block[0]"),
+    (
+        "coef + bank.tile_block[blockIdx.x];\n  const Dtype",
+        "coef + bank.tile_block[0];\n  const Dtype",
+    ),
     ("table.first_tile[middle] <= tile", "table.first_tile[middle] < tile"),
 )
 
@@ -286,9 +405,10 @@ def programs(tmp_path_factory):
             "product": pool.submit(shim.compile_kernels, "product"),
             "memory": pool.submit(shim.compile_kernels, "memory", *FAULTY_MEMORY),
             "logic": pool.submit(shim.compile_kernels, "logic", *FAULTY_LOGIC),
+            "packed": pool.submit(shim.compile_kernels, "packed", *FAULTY_PACKED),
         }
     return shim, {
-        name: shim.link(name, kernel.result(), main.result()) for name, kernel in kernels.items()
+        name: shim.link(name, *kernel.result(), main.result()) for name, kernel in kernels.items()
     }
 
 
@@ -333,8 +453,16 @@ def test_bank_and_list_give_the_same_bits(results, name):
         assert bits(results[0][name, op]) == bits(results[0][name, f"bank_{op}"])
 
 
-def test_tiles_are_those_of_the_layout():
+@pytest.mark.parametrize("name", [name for name in CASES if name.endswith("-shown")])
+def test_every_code_decodes_exactly(results, name):
+    case = CASES[name]
+    decoded = case.codec.decode(case.words, case.scales)
+    assert torch.equal(torch.cat(results[0][name, "packed_compose"]), decoded)
+
+
+def test_tiles_and_groups_are_those_of_the_layout():
     assert constant("kTile") == TILE
+    assert constant("kScaleGroup") == GROUP
 
 
 MEMORY_REPORTS = {
@@ -373,6 +501,30 @@ def test_a_wrong_tile_map_is_found(programs, op):
         CASES[name].check(op, values[name, op])
 
 
+def test_a_32_bit_offset_of_packed_deltas_is_found(programs):
+    shim, built = programs
+    done, _ = shim.run(built["packed"], [("sign-far", "packed_compose")], "forward")
+    assert done.returncode != 0
+    assert re.search("SEGV|heap-buffer-overflow", done.stderr), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "op"),
+    [
+        pytest.param("int2-float32-1", "packed_coef_grad", id="threads beyond a short tile"),
+        pytest.param("int3-float32-1", "packed_compose", id="wrong words of the third bit"),
+        pytest.param("int4-float32-1", "packed_compose", id="wrong shift of a plane"),
+        pytest.param("int8-float32-1", "packed_compose", id="wrong group of a scale"),
+    ],
+)
+def test_a_faulty_decoding_is_found(programs, name, op):
+    shim, built = programs
+    done, values = shim.run(built["packed"], [(name, op)], "forward", f"-{name}")
+    assert done.returncode == 0, done.stderr
+    with pytest.raises(AssertionError, match=op):
+        CASES[name].check(op, values[name, op])
+
+
 def test_a_barrier_that_some_threads_miss_is_found(tmp_path):
     shim = Shim(tmp_path)
     source = tmp_path / "divergent.cu"
@@ -401,7 +553,8 @@ class Binary:
 
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
-# Three blocks of 256 threads share the 65,536 registers of a multiprocessor, handed out in eights.
+KERNELS = 26
+# 768 threads share the 65,536 registers of a multiprocessor, handed out in eights.
 MAX_REGISTERS = 80
 
 
@@ -450,7 +603,7 @@ def test_registers_suffice(binary):
     pattern += r"(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers"
     reports = re.findall(pattern, binary.log, re.DOTALL)
     assert {report[1] for report in reports} == set(ARCHITECTURES)
-    assert len(reports) == 16 * len(ARCHITECTURES)
+    assert len(reports) == KERNELS * len(ARCHITECTURES)
     for name, architecture, stack, stores, loads, registers in reports:
         assert (stack, stores, loads) == ("0", "0", "0"), f"{name} spills on {architecture}"
         assert int(registers) <= MAX_REGISTERS, f"{name} takes {registers} on {architecture}"
@@ -463,7 +616,7 @@ def test_full_tiles_move_16_bytes_per_access(binary, architecture):
         for (target, name), code in kernels_of(binary.machine_code).items()
         if target == architecture
     }
-    assert len(kernels) == 16
+    assert len(kernels) == KERNELS
     for name, code in kernels.items():
         assert not any(re.search(r"\b(LDL|STL)\b", line) for line in code), f"{name} spills"
         if "total_kernel" in name:
@@ -471,6 +624,13 @@ def test_full_tiles_move_16_bytes_per_access(binary, architecture):
         # Only bulk loads carry the evict-first hint (EF), so none of them may be narrow.
         loads = [line for line in code if "LDG.E.EF" in line]
         assert loads, f"{name} streams nothing"
+        if "packed" in name:
+            # Eight planes of four elements: 16 bytes of float32, 8 of either 16-bit dtype.
+            assert sum("EF.64" in line for line in loads) == 2 * 8, f"{name} loads"
+            assert sum("EF.128" in line for line in loads) == len(loads) - 2 * 8, f"{name} loads"
+            assert sum("STG.E.128" in line for line in code) == ("compose" in name) * 8
+            assert sum("STG.E.64" in line for line in code) == ("compose" in name) * 2 * 8
+            continue
         assert all(".128" in line for line in loads), f"{name} has a narrow bulk load"
         if "compose" in name:
             # Two passes of 8 elements: four stores of float32, two of either 16-bit dtype.
@@ -485,7 +645,7 @@ def test_several_vectors_are_in_flight(binary):
     for 0.8 us on 148 multiprocessors (B200) is 43 KB.
     """
     for (architecture, name), code in kernels_of(binary.machine_code).items():
-        if "total_kernel" in name or "Lb0E" in name:
+        if "total_kernel" in name or "Lb0E" in name or "packed" in name:
             continue
         most = flight = 0
         for line in code:
@@ -495,6 +655,46 @@ def test_several_vectors_are_in_flight(binary):
             elif re.search(r"\b(FFMA|BRA)\b", line):
                 flight = 0
         assert 16 * most >= 96, f"{name} on {architecture}: {16 * most} bytes"
+
+
+def loop_over_vectors(code: list[str]) -> list[str]:
+    """The innermost loop that streams words."""
+    loops = []
+    for end, line in enumerate(code):
+        # An instruction takes 16 bytes.
+        target = re.search(r"\bBRA\b.*\b0x([0-9a-f]+)", line)
+        if target and int(target[1], 16) // 16 < end:
+            body = code[int(target[1], 16) // 16 : end + 1]
+            if any("LDG.E.EF.128" in line for line in body):
+                loops.append(body)
+    return min(loops, key=len)
+
+
+# Per element and vector, of the forward and the backward. One instruction selects a byte, that is
+# 8 / bits elements; then each is masked (but for eight bits), moved to its level and multiplied and
+# added; three bits take two fields and one instruction to join them. That makes 3.0 to 3.5, or 6.4;
+# the rest is addresses, scales, sums over threads and the loop itself.
+MAX_INSTRUCTIONS = {8: (3.9, 4.6), 4: (4.5, 5.0), 3: (7.5, 8.3), 2: (4.2, 4.7), 1: (4.0, 4.6)}
+
+
+def test_decoding_is_cheap_and_prefetched(binary):
+    """Two loads of words come before the first use of one."""
+    checked = 0
+    for (architecture, name), code in kernels_of(binary.machine_code).items():
+        packed = re.search(r"packed_(compose|partials)_kernelILi(\d)E", name)
+        if not packed:
+            continue
+        loop, width = loop_over_vectors(code), int(packed[2])
+        loads = [k for k, line in enumerate(loop) if "LDG.E.EF.128" in line]
+        first_use = next(k for k, line in enumerate(loop) if "FFMA" in line)
+        assert sum(k < first_use for k in loads) >= 2, f"{name} on {architecture}"
+        vectors = len(loads) // (2 if width in (3, 8) else 1)
+        # A thread has 32 elements of a tile.
+        instructions = len(loop) / (32 * vectors)
+        ceiling = MAX_INSTRUCTIONS[width][packed[1] == "partials"]
+        assert instructions <= ceiling, f"{name} on {architecture}: {instructions}"
+        checked += 1
+    assert checked == 2 * len(MAX_INSTRUCTIONS) * len(ARCHITECTURES)
 
 
 def test_ptx_is_there_for_newer_devices(binary):

@@ -4,18 +4,13 @@
 // stream moves 16 bytes per instruction and thread, and that enough of them are in flight. Sums
 // follow an order that depends on shapes alone, so the same inputs give the same bits.
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-
 #include <algorithm>
 
-#include "kernels.h"
+#include "device.cuh"
 
 namespace atlas_kernels {
 namespace {
 
-constexpr int kWarp = 32;
 constexpr int kWarps = 8;
 constexpr int kThreads = kWarps * kWarp;
 // Consecutive elements of a thread: 16 bytes of a 16-bit dtype.
@@ -24,8 +19,6 @@ constexpr int kPasses = kTile / (kThreads * kVector);
 // At most 80 registers per thread, which lets the compiler ask for 96 to 128 bytes before it uses
 // any. Room for a fourth block would halve that and more (32 to 96; sm_100, from the machine code).
 constexpr int kBlocksPerMultiprocessor = 3;
-// Vectors that share one barrier in the backward.
-constexpr int kGroup = 32;
 
 __device__ __forceinline__ float widen(float value) { return value; }
 __device__ __forceinline__ float widen(__nv_bfloat16 value) { return __bfloat162float(value); }
@@ -38,33 +31,6 @@ __device__ __forceinline__ void narrow(float value, __nv_bfloat16* target) {
 __device__ __forceinline__ void narrow(float value, __half* target) {
   *target = __float2half_rn(value);
 }
-
-// Two neighbouring elements in one word, the first in its low half.
-template <typename T>
-struct Pair;
-
-template <>
-struct Pair<__nv_bfloat16> {
-  static __device__ __forceinline__ float2 widen(uint32_t word) {
-    // A bfloat16 is the upper half of a float: one instruction each, where the intrinsic takes two.
-    return {__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u)};
-  }
-  static __device__ __forceinline__ uint32_t narrow(float low, float high) {
-    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-    return reinterpret_cast<const uint32_t&>(pair);
-  }
-};
-
-template <>
-struct Pair<__half> {
-  static __device__ __forceinline__ float2 widen(uint32_t word) {
-    return __half22float2(reinterpret_cast<const __half2&>(word));
-  }
-  static __device__ __forceinline__ uint32_t narrow(float low, float high) {
-    const __half2 pair = __floats2half2_rn(low, high);
-    return reinterpret_cast<const uint32_t&>(pair);
-  }
-};
 
 // Read once, so first to leave the caches (evict-first).
 __device__ __forceinline__ void load_wide(const float* p, float (&values)[kVector]) {
@@ -172,14 +138,6 @@ __device__ __forceinline__ void store(void* tile, Dtype dtype, int pass, int len
   }
 }
 
-__host__ __device__ __forceinline__ int64_t size_of(Dtype dtype) {
-  return dtype == Dtype::kFloat32 ? 4 : 2;
-}
-
-__host__ __device__ __forceinline__ const void* advance(const void* p, int64_t count, Dtype dtype) {
-  return static_cast<const char*>(p) + count * size_of(dtype);
-}
-
 // One tile of a call, whichever form the call has. `Deltas` maps i to the tile's elements of tau_i.
 template <typename Deltas>
 struct Tile {
@@ -283,59 +241,30 @@ __device__ __forceinline__ void compose_tile(const Tile<Deltas>& tile, const flo
   }
 }
 
-__device__ __forceinline__ float warp_sum(float value) {
-#pragma unroll
-  for (int distance = kWarp / 2; distance > 0; distance /= 2) {
-    value += __shfl_xor_sync(0xffffffff, value, distance);
-  }
-  return value;
-}
-
-// Two of them, so that one barrier per group is enough: a warp overwrites a group's sums only after
-// the next group's barrier, which every reader reaches after reading.
-using WarpSums = float[2][kWarps][kGroup];
-
 // partials[i * stride] = <source, tau_i> over the tile.
 template <bool kFull, typename Deltas>
-__device__ __forceinline__ void dot_tile(const Tile<Deltas>& tile, WarpSums& warp_sums,
+__device__ __forceinline__ void dot_tile(const Tile<Deltas>& tile, WarpSums<kWarps>& warp_sums,
                                          float* partials, int64_t stride) {
-  const int lane = threadIdx.x % kWarp;
-  const int warp = threadIdx.x / kWarp;
-
   float grad[kPasses][kVector];
 #pragma unroll
   for (int pass = 0; pass < kPasses; ++pass) {
     load<kFull>(tile.source, pass, tile.length, grad[pass]);
   }
-  int turn = 0;
-  for (int first = 0; first < tile.num_vectors; first += kGroup) {
-    const int group = min(kGroup, tile.num_vectors - first);
-#pragma unroll(kFull ? Deltas::kUnroll : 1)
-    for (int i = 0; i < group; ++i) {
-      const Operand delta = tile.deltas(first + i);
-      float sum = 0.0f;
-      if (kFull || delta.data != nullptr) {
+  const auto dot = [&](int i) {
+    const Operand delta = tile.deltas(i);
+    float sum = 0.0f;
+    if (kFull || delta.data != nullptr) {
 #pragma unroll
-        for (int pass = 0; pass < kPasses; ++pass) {
-          float values[kVector];
-          load<kFull>(delta, pass, tile.length, values);
+      for (int pass = 0; pass < kPasses; ++pass) {
+        float values[kVector];
+        load<kFull>(delta, pass, tile.length, values);
 #pragma unroll
-          for (int k = 0; k < kVector; ++k) sum = fmaf(grad[pass][k], values[k], sum);
-        }
+        for (int k = 0; k < kVector; ++k) sum = fmaf(grad[pass][k], values[k], sum);
       }
-      sum = warp_sum(sum);
-      if (lane == 0) warp_sums[turn][warp][i] = sum;
     }
-    __syncthreads();
-    const int i = threadIdx.x;
-    if (i < group) {
-      float sum = 0.0f;
-#pragma unroll
-      for (int w = 0; w < kWarps; ++w) sum += warp_sums[turn][w][i];
-      partials[(first + i) * stride] = sum;
-    }
-    turn ^= 1;
-  }
+    return sum;
+  };
+  sum_over_block<kFull ? Deltas::kUnroll : 1>(tile.num_vectors, dot, warp_sums, partials, stride);
 }
 
 // The sum of `count` partials, by one warp, the same on every lane.
@@ -366,7 +295,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
 template <Dtype kDelta>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     bank_partials_kernel(const Bank bank, float* partials) {
-  __shared__ WarpSums warp_sums;
+  __shared__ WarpSums<kWarps> warp_sums;
   const Tile<Interleaved<kDelta>> tile = tile_of<kDelta>(bank);
   if (is_full(tile)) {
     dot_tile<true>(tile, warp_sums, partials + blockIdx.x, bank.num_tiles);
@@ -437,7 +366,7 @@ template <bool kAlike, Dtype kDelta>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     partials_kernel(const __grid_constant__ Table table) {
   const Place at = place_of(table);
-  __shared__ WarpSums warp_sums;
+  __shared__ WarpSums<kWarps> warp_sums;
   float* partials = table.partials + blockIdx.x;
   if (kAlike && at.length == kTile) {
     const Tile<ListedAlike<kDelta>> tile = {
@@ -463,16 +392,6 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   if (threadIdx.x % kWarp == 0) {
     table.coef_grad[(table.first_vector + i) * table.all_blocks + table.first_block + b] = sum;
   }
-}
-
-template <typename... Parameters, typename... Arguments>
-cudaError_t launch(void (*kernel)(Parameters...), int64_t num_blocks, cudaStream_t stream,
-                   const Arguments&... arguments) {
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(num_blocks));
-  config.blockDim = dim3(kThreads);
-  config.stream = stream;
-  return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
 int64_t ceil_div(int64_t numerator, int64_t denominator) {
@@ -574,20 +493,26 @@ bool fill(const List& list, int64_t first_block, int64_t first_vector, Table& ta
 
 cudaError_t bank_compose(const Bank& bank, const float* coef, void* composed, cudaStream_t stream) {
   if (bank.num_tiles == 0) return cudaSuccess;
-  return launch(bank_compose_of(bank.deltas.dtype), bank.num_tiles, stream, bank, coef, composed);
+  return launch(bank_compose_of(bank.deltas.dtype), bank.num_tiles, kThreads, stream, bank, coef,
+                composed);
 }
 
 cudaError_t bank_coef_grad(const Bank& bank, const int32_t* block_tile, float* partials,
                            float* coef_grad, cudaStream_t stream) {
-  const int64_t count = bank.num_vectors * bank.num_blocks;
-  if (count == 0) return cudaSuccess;
-  if (bank.num_tiles > 0) {
-    const cudaError_t error =
-        launch(bank_partials_of(bank.deltas.dtype), bank.num_tiles, stream, bank, partials);
+  if (bank.num_vectors * bank.num_tiles > 0) {
+    const cudaError_t error = launch(bank_partials_of(bank.deltas.dtype), bank.num_tiles, kThreads,
+                                     stream, bank, partials);
     if (error != cudaSuccess) return error;
   }
-  return launch(bank_total_kernel, ceil_div(count, kWarps), stream, partials, block_tile,
-                bank.num_tiles, bank.num_blocks, count, coef_grad);
+  return bank_total(bank, block_tile, partials, coef_grad, stream);
+}
+
+cudaError_t bank_total(const Tiling& tiling, const int32_t* block_tile, const float* partials,
+                       float* coef_grad, cudaStream_t stream) {
+  const int64_t count = tiling.num_vectors * tiling.num_blocks;
+  if (count == 0) return cudaSuccess;
+  return launch(bank_total_kernel, ceil_div(count, kWarps), kThreads, stream, partials, block_tile,
+                tiling.num_tiles, tiling.num_blocks, count, coef_grad);
 }
 
 int64_t compose_scratch(const List& list) {
@@ -617,7 +542,7 @@ cudaError_t compose(const List& list, const float* coef, void* const* composed, 
       const int64_t num_tiles = table.first_tile[table.num_blocks];
       if (num_tiles > 0) {
         const cudaError_t error =
-            launch(compose_of(alike, table.delta_dtype[0]), num_tiles, stream, table);
+            launch(compose_of(alike, table.delta_dtype[0]), num_tiles, kThreads, stream, table);
         if (error != cudaSuccess) return error;
       }
       vector += table.num_vectors;
@@ -647,11 +572,12 @@ cudaError_t coef_grad(const List& list, float* partials, float* coef_grad, cudaS
       const int64_t num_tiles = table.first_tile[table.num_blocks];
       if (num_tiles > 0) {
         const cudaError_t error =
-            launch(partials_of(alike, table.delta_dtype[0]), num_tiles, stream, table);
+            launch(partials_of(alike, table.delta_dtype[0]), num_tiles, kThreads, stream, table);
         if (error != cudaSuccess) return error;
       }
       const int64_t count = static_cast<int64_t>(table.num_vectors) * table.num_blocks;
-      const cudaError_t error = launch(total_kernel, ceil_div(count, kWarps), stream, table);
+      const cudaError_t error =
+          launch(total_kernel, ceil_div(count, kWarps), kThreads, stream, table);
       if (error != cudaSuccess) return error;
     }
   }

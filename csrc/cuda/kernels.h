@@ -1,5 +1,5 @@
-// What the operators (ops.cpp) ask of the kernels (kernels.cu): plain C++, so that either side, and
-// the tests' CPU shim, compiles without the other's headers.
+// What the operators (ops.cpp) ask of the kernels (kernels.cu, packed.cu): plain C++, so that
+// either side, and the tests' CPU shim, compiles without the other's headers.
 
 #pragma once
 
@@ -48,15 +48,27 @@ struct Table {
 };
 static_assert(sizeof(Table) <= kMaxArgumentBytes, "the table must fit into a launch");
 
-// The arenas and tables of a bank, as in `layout.py`.
-struct Bank {
-  Operand source;  // base, or gradient [P]
-  Operand deltas;  // [N * P], tile-interleaved
+// The tables of a bank, as in `layout.py`.
+struct Tiling {
   const int32_t* tile_block;
   const int64_t* tile_offset;
   int64_t num_tiles;
   int64_t num_blocks;
   int64_t num_vectors;
+};
+
+struct Bank : Tiling {
+  Operand source;  // base, or gradient [P]
+  Operand deltas;  // [N * P], tile-interleaved
+};
+
+// Deltas as in `codecs/packed.py`, tile-interleaved. Source and words start at multiples of 16
+// bytes, and so does what is composed.
+struct PackedBank : Tiling {
+  Operand source;
+  const uint32_t* words;   // [N * P * bits / 32]
+  const uint16_t* scales;  // [N * P / 128], bfloat16
+  int bits;
 };
 
 // The blocks and vectors of a list-form call.
@@ -75,6 +87,16 @@ cudaError_t bank_compose(const Bank& bank, const float* coef, void* composed, cu
 // `partials`: num_vectors * num_tiles floats.
 cudaError_t bank_coef_grad(const Bank& bank, const int32_t* block_tile, float* partials,
                            float* coef_grad, cudaStream_t stream);
+
+// The same for packed deltas.
+cudaError_t packed_compose(const PackedBank& bank, const float* coef, void* composed,
+                           cudaStream_t stream);
+cudaError_t packed_coef_grad(const PackedBank& bank, const int32_t* block_tile, float* partials,
+                             float* coef_grad, cudaStream_t stream);
+
+// The second stage of both gradients: a block's sum over the partials of its tiles.
+cudaError_t bank_total(const Tiling& tiling, const int32_t* block_tile, const float* partials,
+                       float* coef_grad, cudaStream_t stream);
 
 // `scratch`: `compose_scratch` floats.
 cudaError_t compose(const List& list, const float* coef, void* const* composed, float* scratch,

@@ -22,6 +22,8 @@ using atlas_kernels::Bank;
 using atlas_kernels::Dtype;
 using atlas_kernels::List;
 using atlas_kernels::Operand;
+using atlas_kernels::PackedBank;
+using atlas_kernels::Tiling;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
@@ -75,24 +77,27 @@ cudaStream_t current_stream(int32_t device) {
 
 float* floats(const Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
 
+Tiling tiling_of(const Tensor& tile_block, const Tensor& tile_offset, int32_t device,
+                 int64_t num_blocks, int64_t num_vectors) {
+  check_table(tile_block, ScalarType::Int, device, "tile_block");
+  check_table(tile_offset, ScalarType::Long, device, "tile_offset");
+  STD_TORCH_CHECK(tile_offset.numel() == tile_block.numel() + 1,
+                  "tile_offset must have one entry more than tile_block");
+  return {static_cast<const int32_t*>(tile_block.const_data_ptr()),
+          static_cast<const int64_t*>(tile_offset.const_data_ptr()), tile_block.numel(), num_blocks,
+          num_vectors};
+}
+
 Bank bank_of(const Tensor& source, const Tensor& deltas, const Tensor& tile_block,
              const Tensor& tile_offset, int64_t num_blocks, int64_t num_vectors) {
   const int32_t device = source.get_device_index();
   check_arena(source, device, "the base or gradient");
   check_arena(deltas, device, "deltas");
-  check_table(tile_block, ScalarType::Int, device, "tile_block");
-  check_table(tile_offset, ScalarType::Long, device, "tile_offset");
   STD_TORCH_CHECK(deltas.numel() == num_vectors * source.numel(),
                   "deltas must hold num_vectors arenas");
-  STD_TORCH_CHECK(tile_offset.numel() == tile_block.numel() + 1,
-                  "tile_offset must have one entry more than tile_block");
-  return {{source.const_data_ptr(), dtype_of(source, "the base or gradient")},
-          {deltas.const_data_ptr(), dtype_of(deltas, "deltas")},
-          static_cast<const int32_t*>(tile_block.const_data_ptr()),
-          static_cast<const int64_t*>(tile_offset.const_data_ptr()),
-          tile_block.numel(),
-          num_blocks,
-          num_vectors};
+  return {tiling_of(tile_block, tile_offset, device, num_blocks, num_vectors),
+          {source.const_data_ptr(), dtype_of(source, "the base or gradient")},
+          {deltas.const_data_ptr(), dtype_of(deltas, "deltas")}};
 }
 
 Tensor bank_compose(Tensor base, Tensor deltas, Tensor coef, Tensor tile_block,
@@ -122,6 +127,70 @@ Tensor bank_coef_grad(Tensor grad, Tensor deltas, Tensor tile_block, Tensor tile
   STD_CUDA_CHECK(
       atlas_kernels::bank_coef_grad(bank, static_cast<const int32_t*>(block_tile.const_data_ptr()),
                                     floats(partials), floats(result), current_stream(device)));
+  return result;
+}
+
+// The tensor, or a copy of it that starts at a multiple of 16 bytes, as fresh memory does.
+Tensor aligned(const Tensor& tensor) {
+  const auto address = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
+  return address % 16 == 0 ? tensor : torch::stable::clone(tensor);
+}
+
+// `source` and `words` are aligned.
+PackedBank packed_bank_of(const Tensor& source, const Tensor& words, const Tensor& scales,
+                          int64_t bits, const Tensor& tile_block, const Tensor& tile_offset,
+                          int64_t num_blocks, int64_t num_vectors) {
+  const int32_t device = source.get_device_index();
+  check_arena(source, device, "the base or gradient");
+  check_arena(words, device, "words");
+  check_arena(scales, device, "scales");
+  STD_TORCH_CHECK(bits == 1 || bits == 2 || bits == 3 || bits == 4 || bits == 8,
+                  "bits must be 1, 2, 3, 4 or 8");
+  STD_TORCH_CHECK(
+      words.scalar_type() == ScalarType::Int && scales.scalar_type() == ScalarType::BFloat16,
+      "words must be int32 and scales bfloat16");
+  const int64_t elements = num_vectors * source.numel();
+  STD_TORCH_CHECK(words.numel() * 32 == elements * bits && scales.numel() * 128 == elements,
+                  "words and scales must hold num_vectors arenas");
+  return {tiling_of(tile_block, tile_offset, device, num_blocks, num_vectors),
+          {source.const_data_ptr(), dtype_of(source, "the base or gradient")},
+          static_cast<const uint32_t*>(words.const_data_ptr()),
+          static_cast<const uint16_t*>(scales.const_data_ptr()),
+          static_cast<int>(bits)};
+}
+
+Tensor packed_compose(Tensor base, Tensor words, Tensor scales, int64_t bits, Tensor coef,
+                      Tensor tile_block, Tensor tile_offset) {
+  const int32_t device = base.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  const Tensor factors = check_coef(coef, device);
+  const Tensor source = aligned(base);
+  const Tensor codes = aligned(words);
+  const PackedBank bank = packed_bank_of(source, codes, scales, bits, tile_block, tile_offset,
+                                         factors.size(1), factors.size(0));
+  Tensor composed = torch::stable::empty_like(base);
+  STD_CUDA_CHECK(atlas_kernels::packed_compose(bank, floats(factors), composed.mutable_data_ptr(),
+                                               current_stream(device)));
+  return composed;
+}
+
+Tensor packed_coef_grad(Tensor grad, Tensor words, Tensor scales, int64_t bits, Tensor tile_block,
+                        Tensor tile_offset, Tensor block_tile, int64_t num_vectors,
+                        ScalarType dtype) {
+  check_result(dtype);
+  const int32_t device = grad.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  check_table(block_tile, ScalarType::Int, device, "block_tile");
+  const Tensor source = aligned(grad);
+  const Tensor codes = aligned(words);
+  const PackedBank bank = packed_bank_of(source, codes, scales, bits, tile_block, tile_offset,
+                                         block_tile.numel() - 1, num_vectors);
+  const Tensor partials =
+      torch::stable::new_empty(grad, {num_vectors, bank.num_tiles}, ScalarType::Float);
+  Tensor result = torch::stable::new_empty(grad, {num_vectors, bank.num_blocks}, ScalarType::Float);
+  STD_CUDA_CHECK(atlas_kernels::packed_coef_grad(
+      bank, static_cast<const int32_t*>(block_tile.const_data_ptr()), floats(partials),
+      floats(result), current_stream(device)));
   return result;
 }
 
@@ -226,4 +295,6 @@ STABLE_TORCH_LIBRARY_IMPL(atlas_kernels_cuda, CUDA, m) {
   m.impl("coef_grad", TORCH_BOX(&coef_grad));
   m.impl("bank_compose", TORCH_BOX(&bank_compose));
   m.impl("bank_coef_grad", TORCH_BOX(&bank_coef_grad));
+  m.impl("packed_compose", TORCH_BOX(&packed_compose));
+  m.impl("packed_coef_grad", TORCH_BOX(&packed_coef_grad));
 }

@@ -21,7 +21,14 @@ namespace {
 
 using namespace atlas_kernels;
 
-enum Op : int64_t { kBankCompose, kBankCoefGrad, kCompose, kCoefGrad };
+enum Op : int64_t {
+  kBankCompose,
+  kBankCoefGrad,
+  kCompose,
+  kCoefGrad,
+  kPackedCompose,
+  kPackedCoefGrad
+};
 
 class Array {
  public:
@@ -65,6 +72,24 @@ void check(cudaError_t error) {
   std::exit(4);
 }
 
+float* floats(const Array& array) { return reinterpret_cast<float*>(array.data()); }
+
+// The tables of a bank as they follow in the file.
+struct Tables {
+  Tables(Reader& in, int64_t tiles, int64_t blocks, int64_t vectors)
+      : tile_block(in.array(4 * tiles)),
+        tile_offset(in.array(8 * (tiles + 1))),
+        block_tile(in.array(4 * (blocks + 1))),
+        coef(in.array(4 * vectors * blocks)),
+        tiling{reinterpret_cast<const int32_t*>(tile_block.data()),
+               reinterpret_cast<const int64_t*>(tile_offset.data()), tiles, blocks, vectors} {}
+
+  const int32_t* block_tiles() const { return reinterpret_cast<const int32_t*>(block_tile.data()); }
+
+  Array tile_block, tile_offset, block_tile, coef;
+  Tiling tiling;
+};
+
 // `far`: how many elements, left unmapped, the arena has before the first tile.
 void run_bank(Reader& in, std::ofstream& out, Op op) {
   const auto source_dtype = static_cast<Dtype>(in.number());
@@ -73,28 +98,45 @@ void run_bank(Reader& in, std::ofstream& out, Op op) {
   const int64_t vectors = in.number(), skew = in.number(), far = in.number();
   const Array source = in.array(bytes(numel, source_dtype), bytes(skew, source_dtype));
   const Array deltas = in.array(bytes(vectors * numel, delta_dtype), bytes(skew, delta_dtype));
-  const Array tile_block = in.array(4 * tiles);
-  const Array tile_offset = in.array(8 * (tiles + 1));
-  const Array block_tile = in.array(4 * (blocks + 1));
-  const Array coef = in.array(4 * vectors * blocks);
+  const Tables tables(in, tiles, blocks, vectors);
 
-  const Bank bank = {{source.data() - bytes(far, source_dtype), source_dtype},
-                     {deltas.data() - bytes(vectors * far, delta_dtype), delta_dtype},
-                     reinterpret_cast<const int32_t*>(tile_block.data()),
-                     reinterpret_cast<const int64_t*>(tile_offset.data()),
-                     tiles,
-                     blocks,
-                     vectors};
+  const Bank bank = {tables.tiling,
+                     {source.data() - bytes(far, source_dtype), source_dtype},
+                     {deltas.data() - bytes(vectors * far, delta_dtype), delta_dtype}};
   if (op == kBankCompose) {
     const Array composed(source.size(), bytes(skew, source_dtype));
-    check(bank_compose(bank, reinterpret_cast<const float*>(coef.data()),
-                       composed.data() - bytes(far, source_dtype), nullptr));
+    check(bank_compose(bank, floats(tables.coef), composed.data() - bytes(far, source_dtype),
+                       nullptr));
     out.write(composed.data(), composed.size());
   } else {
     const Array partials(4 * vectors * tiles, 0), result(4 * vectors * blocks, 0);
-    check(bank_coef_grad(bank, reinterpret_cast<const int32_t*>(block_tile.data()),
-                         reinterpret_cast<float*>(partials.data()),
-                         reinterpret_cast<float*>(result.data()), nullptr));
+    check(bank_coef_grad(bank, tables.block_tiles(), floats(partials), floats(result), nullptr));
+    out.write(result.data(), result.size());
+  }
+}
+
+void run_packed(Reader& in, std::ofstream& out, Op op) {
+  const auto dtype = static_cast<Dtype>(in.number());
+  const int64_t bits = in.number(), numel = in.number(), tiles = in.number();
+  const int64_t blocks = in.number(), vectors = in.number(), far = in.number();
+  const Array source = in.array(bytes(numel, dtype));
+  const Array words = in.array(vectors * numel * bits / 8);
+  const Array scales = in.array(vectors * numel / 64);
+  const Tables tables(in, tiles, blocks, vectors);
+
+  const PackedBank bank = {
+      tables.tiling,
+      {source.data() - bytes(far, dtype), dtype},
+      reinterpret_cast<const uint32_t*>(words.data() - vectors * far * bits / 8),
+      reinterpret_cast<const uint16_t*>(scales.data() - vectors * far / 64),
+      static_cast<int>(bits)};
+  if (op == kPackedCompose) {
+    const Array composed(source.size(), 0);
+    check(packed_compose(bank, floats(tables.coef), composed.data() - bytes(far, dtype), nullptr));
+    out.write(composed.data(), composed.size());
+  } else {
+    const Array partials(4 * vectors * tiles, 0), result(4 * vectors * blocks, 0);
+    check(packed_coef_grad(bank, tables.block_tiles(), floats(partials), floats(result), nullptr));
     out.write(result.data(), result.size());
   }
 }
@@ -122,14 +164,12 @@ void run_list(Reader& in, std::ofstream& out, Op op) {
   const List list = {operands.data(), numel.data(), operands.data() + blocks, blocks, vectors};
   if (op == kCompose) {
     const Array scratch(4 * compose_scratch(list), 0);
-    check(compose(list, reinterpret_cast<const float*>(coef.data()), target_data.data(),
-                  reinterpret_cast<float*>(scratch.data()), nullptr));
+    check(compose(list, floats(coef), target_data.data(), floats(scratch), nullptr));
     for (const Array& target : targets) out.write(target.data(), target.size());
   } else {
     const Array partials(4 * coef_grad_scratch(list), 0), result(4 * vectors * blocks, 0);
     if (far > 0) std::memset(partials.data(), 0, partials.size());  // of the tiles that are skipped
-    check(coef_grad(list, reinterpret_cast<float*>(partials.data()),
-                    reinterpret_cast<float*>(result.data()), nullptr));
+    check(coef_grad(list, floats(partials), floats(result), nullptr));
     out.write(result.data(), result.size());
   }
   cuda_shim::first_block = 0;
@@ -146,6 +186,8 @@ int main(int argc, char** argv) {
     const auto op = static_cast<Op>(in.number());
     if (op == kBankCompose || op == kBankCoefGrad) {
       run_bank(in, out, op);
+    } else if (op == kPackedCompose || op == kPackedCoefGrad) {
+      run_packed(in, out, op);
     } else {
       run_list(in, out, op);
     }

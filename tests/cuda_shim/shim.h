@@ -188,6 +188,18 @@ inline float __uint_as_float(unsigned bits) {
   return value;
 }
 
+// Selectors below 8: bytes of `low`, then of `high`.
+inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
+  const uint64_t bytes = static_cast<uint64_t>(high) << 32 | low;
+  unsigned result = 0;
+  for (int k = 0; k < 4; ++k) {
+    const unsigned chosen = selector >> 4 * k & 0xf;
+    if (chosen > 7) cuda_shim::fail("__byte_perm cannot replicate signs");
+    result |= static_cast<unsigned>(bytes >> 8 * chosen & 0xff) << 8 * k;
+  }
+  return result;
+}
+
 using std::min;
 
 #define cudaLaunchKernelEx cuda_shim::launch
