@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +17,12 @@ from torch.func import functional_call
 
 from .bank import TaskVectorBank
 from .checkpoints import read_tensors, write_tensors
+from .on_use import OnUse, ResidentBlocks, uninstall
+from .stream import Stream, check_streamable
 
 _KIND = "coefficients"
 Granularity = Literal["task", "block"]
+Memory = Literal["whole", "recompute", "stream"]
 
 
 class ComposedModel(nn.Module):
@@ -26,22 +30,44 @@ class ComposedModel(nn.Module):
 
     ``coef`` is the only parameter that learns. It is zero at the start, so the model starts as the
     base, bit for bit. The module is used in place: its own parameters stop requiring gradients, and
-    those that the bank composes are replaced in every forward pass, tied ones included. Buffers
-    (BatchNorm statistics) stay the module's own.
+    those that the bank composes are replaced in every forward pass, tied ones included; their
+    memory is the bank's base itself. Buffers (BatchNorm statistics) stay the module's own.
 
-    In eval mode, and without gradients, the composition is done once, until ``coef`` changes (or a
-    backward pass has used it up). In training it is done once per forward pass, or once for several
-    of them inside `composed_once`. Changes to ``coef.data`` go unnoticed: assign with
-    ``coef.copy_`` under ``torch.no_grad()``.
+    ``memory`` says when blocks are composed; losses and gradients are the same up to the rounding
+    of float32. The peak of a learning step, besides what the module computes (activations):
+
+    - "whole": all blocks, in one pass over the bank, before the forward pass. Base + bank + two
+      models: the composed weights and their gradient (inside `composed_once` three, because it
+      keeps the weights while the gradient is gathered into one arena). In eval mode, and without
+      gradients, it is done once, until ``coef`` changes (or a backward pass has used it up); in
+      training once per forward pass, or once for several of them inside `composed_once`.
+      Activation checkpointing would run the module again without its composed weights: use
+      "recompute".
+    - "recompute": each block where the module asks for it, dropped after use, and again in the
+      backward pass, where its gradient becomes N numbers at once. Base + bank + the largest two
+      blocks: a composed one and its gradient. It costs a second pass over the bank. A module finds
+      composed weights in its attributes at any time. What else may be alive: the gradients of
+      blocks used in several places, until the backward has met them all; the blocks of a region
+      that activation checkpointing runs again, or of an RNN; and autocast's copies of weights.
+
+    - "stream": as "recompute", with deltas that stay in the bank's file (see
+      `TaskVectorBank.load`), or for a GPU in host memory. Base + the largest two blocks + a fixed
+      read-ahead of 64 MiB, whatever N is. A step reads the bank once in the forward pass, and up to
+      twice in the backward pass.
+
+    Changes to ``coef.data`` go unnoticed: assign with ``coef.copy_`` under ``torch.no_grad()``.
 
     Args:
         module: any module that holds the bank's base, on the bank's device.
         bank: what to compose.
         granularity: "block" for coefficients (N, B), "task" for (N,).
+        memory: "whole", "recompute" or "stream".
 
     Raises:
         ValueError: the module lacks a block of the bank, has it in another shape, dtype or place,
             or holds other weights than the bank's base.
+            Or "stream", and the bank comes from no file, or its file was replaced.
+        TypeError: "recompute" or "stream", and a part of the module is compiled or scripted.
 
     Example:
         >>> import torch, atlas_kernels as ak
@@ -55,27 +81,69 @@ class ComposedModel(nn.Module):
     """
 
     def __init__(
-        self, module: nn.Module, bank: TaskVectorBank, *, granularity: Granularity = "block"
+        self,
+        module: nn.Module,
+        bank: TaskVectorBank,
+        *,
+        granularity: Granularity = "block",
+        memory: Memory = "whole",
     ) -> None:
         super().__init__()
         if granularity not in ("task", "block"):
             raise ValueError(f"unknown granularity {granularity!r}: expected 'task' or 'block'")
+        if memory not in get_args(Memory):
+            raise ValueError(
+                f"unknown memory {memory!r}: expected 'whole', 'recompute' or 'stream'"
+            )
+        if memory != "whole":
+            _check_uncompiled(module, memory)
+        if memory == "stream":
+            check_streamable(bank)
         _check_fit(module, bank)
+        # What an earlier model has left.
+        uninstall(module)
         self.module = module.requires_grad_(False)
         self.bank = bank
         self.granularity = granularity
+        self.memory = memory
         count = len(bank.names)
         shape = (count,) if granularity == "task" else (count, len(bank.blocks))
         self.coef = nn.Parameter(torch.zeros(shape, device=bank.device))
         self._cache: _Composition | None = None
         self._hold = False
+        self._sums: _Sums | None = None
+        self._on_use: OnUse | None = None
+        self._rnns = [part for part in module.modules() if isinstance(part, nn.RNNBase)]
+
+    @property
+    def bank(self) -> TaskVectorBank:
+        """What is composed. The module's parameters are views of its base."""
+        return self._bank
+
+    @bank.setter
+    def bank(self, bank: TaskVectorBank) -> None:
+        self._bank = bank
+        self._share_base()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's forward pass with the composed weights."""
-        return functional_call(self.module, self.weights(), args, kwargs)
+        try:
+            if self.memory == "whole":
+                return functional_call(self.module, self.weights(), args, kwargs)
+            cut = self._sums.cut if self._sums else None
+            with self._installed().forward_pass(self._hold, cut):
+                return self.module(*args, **kwargs)
+        finally:
+            for rnn in self._rnns:
+                _forget_weights(rnn)
 
     def weights(self) -> dict[str, Tensor]:
-        """The composed blocks by name, composed anew only if need be."""
+        """The composed blocks by name; with ``memory="whole"`` composed anew only if need be."""
+        if self.memory == "recompute":
+            return self.bank.compose(self.coef)
+        if self.memory == "stream":
+            # Without gradients: their graph would need the whole bank.
+            return dict(self._installed().values())
         records = torch.is_grad_enabled() and self.coef.requires_grad
         inference = torch.is_inference_mode_enabled()
         cache = self._cache
@@ -83,32 +151,50 @@ class ComposedModel(nn.Module):
             return cache.weights
         # Dropped first, so that two composed models are never alive at once.
         self._cache = cache = None
-        coef: Tensor = self.coef
-        if records:
-            # A backward pass through a composition uses it up: the next forward needs another.
-            coef = self.coef.view_as(self.coef)
-            coef.register_hook(self._drop)
-        weights = self.bank.compose(coef)
+        weights = self.bank.compose(self.coef)
+        if records and self._sums:
+            weights = {block: self._sums.cut(weight) for block, weight in weights.items()}
+        elif records:
+            # A backward pass through a composition uses it up: the next forward needs another. And
+            # it needs the memory: gradients are brought into the order of the bank at its end.
+            for weight in weights.values():
+                weight.register_hook(self._drop)
         if self._hold or not records or not self.training:
             version = self.coef._version
             self._cache = _Composition(self.bank, self.coef, version, records, inference, weights)
         return weights
 
     @contextmanager
-    def composed_once(self) -> Iterator[None]:
-        """Inside, all forward passes share one composition, gradients included."""
-        self._hold, self._cache = True, None
+    def composed_once(self, *, accumulate: bool = False) -> Iterator[None]:
+        """Inside, all forward passes share one composition, gradients included.
+
+        Unless ``memory="whole"``, blocks are still composed where they are used, but a backward
+        through several passes reduces the gradient of each block once.
+
+        Args:
+            accumulate: sum the weight gradients of several ``backward()`` calls (micro-batches),
+                which takes the memory of one model's gradients. They reach ``coef.grad`` in one
+                pass over the bank when the context ends; if it ends by an exception, they are
+                dropped. `torch.autograd.grad` finds no way to ``coef`` inside.
+        """
+        self._end_composition()
+        self._hold, self._sums = True, _Sums() if accumulate else None
         try:
             yield
+            if self._sums:
+                self._sums.send()
         finally:
-            self._hold, self._cache = False, None
+            self._hold, self._sums = False, None
+            self._end_composition()
 
     def merge(self) -> nn.Module:
         """A copy of the module with the composed weights: nothing of the bank stays with it."""
+        uninstall(self.module)
         merged = copy.deepcopy(self.module).requires_grad_(True)
         parameters = dict(merged.named_parameters(remove_duplicate=False))
+        whole = self.memory == "whole"
         with torch.no_grad():
-            for block, value in self.weights().items():
+            for block, value in self.weights().items() if whole else self._installed().values():
                 parameters[block].copy_(value)
         return merged
 
@@ -134,7 +220,7 @@ class ComposedModel(nn.Module):
 
     def extra_repr(self) -> str:
         """Shown by print(model)."""
-        return f"bank={self.bank!r}, granularity={self.granularity!r}"
+        return f"bank={self.bank!r}, granularity={self.granularity!r}, memory={self.memory!r}"
 
     def _drop(self, gradient: Tensor) -> None:
         self._cache = None
@@ -145,13 +231,71 @@ class ComposedModel(nn.Module):
                 "a ComposedModel keeps the dtypes of its bank: use torch.autocast, or convert the "
                 "base before packing the bank, or convert what merge() returns"
             )
+        uninstall(self.module)
         super()._apply(fn, recurse)
-        self.bank = self.bank.to(self.coef.device)
-        self._cache = None
+        self.bank = self.bank.to(self.coef.device, deltas=self.memory != "stream")
+        self._end_composition()
         return self
 
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        # Loading writes into the module's parameters, which are the bank's base.
+        parameters = dict(self.module.named_parameters(remove_duplicate=False))
+        composed = {id(parameters[block]) for block in self.bank.blocks}
+        for name, base in parameters.items():
+            found = state_dict.get(f"{prefix}module.{name}", base)
+            if id(base) in composed and not torch.equal(found.to(base), base):
+                raise ValueError(
+                    f"the state dict holds another base than the bank in {prefix}module.{name}"
+                )
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cache": None}
+        uninstall(self.module)
+        passing = {"_cache": None, "_hold": False, "_sums": None, "_on_use": None}
+        return {**self.__dict__, **passing}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._share_base()
+
+    def _share_base(self) -> None:
+        parameters = dict(self.module.named_parameters(remove_duplicate=False))
+        for block, base in self.bank.base.items():
+            parameters[block].data = base
+
+    def _installed(self) -> OnUse:
+        """What composes the module's parameters, on the current bank and coefficients."""
+        on_use = self._on_use
+        if on_use is None or not on_use.serves(self.bank, self.coef):
+            uninstall(self.module)
+            blocks = Stream(self.bank) if self.memory == "stream" else ResidentBlocks(self.bank)
+            self._on_use = on_use = OnUse(self.module, self.bank, blocks, self.coef)
+        return on_use
+
+    def _end_composition(self) -> None:
+        self._cache = None
+        if self._on_use is not None:
+            self._on_use.end_pass()
+
+
+class _Sums:
+    """Gradients of several backward passes, summed before they go on."""
+
+    def __init__(self) -> None:
+        self._cuts: list[tuple[Tensor, Tensor]] = []
+
+    def cut(self, tensor: Tensor) -> Tensor:
+        """A leaf in place of the tensor: gradients stop there."""
+        leaf = tensor.detach().requires_grad_()
+        self._cuts.append((tensor, leaf))
+        return leaf
+
+    def send(self) -> None:
+        """Sends the sums on through the tensors that were cut."""
+        arrived = [(tensor, leaf.grad) for tensor, leaf in self._cuts if leaf.grad is not None]
+        if arrived:
+            tensors, gradients = zip(*arrived, strict=True)
+            torch.autograd.backward(tensors, gradients)
 
 
 @dataclass(frozen=True)
@@ -221,9 +365,30 @@ def _fingerprint(bank: TaskVectorBank) -> str:
     return hashlib.blake2b(repr(pairs).encode(), digest_size=16).hexdigest()
 
 
+def _forget_weights(rnn: nn.RNNBase) -> None:
+    # It keeps a list of the weights that it used last: composed ones would live on in there.
+    weights = [dict.get(rnn._parameters, name) for name in rnn._flat_weights_names]
+    rnn._flat_weights = weights
+    rnn._flat_weight_refs = [
+        weight if weight is None else weakref.ref(weight) for weight in weights
+    ]
+
+
 def _some(names: list[str]) -> str:
     listed = ", ".join(names[:5]) or "none"
     return f"{listed} and {len(names) - 5} more" if len(names) > 5 else listed
+
+
+def _check_uncompiled(module: nn.Module, memory: Memory) -> None:
+    for name, part in module.named_modules():
+        scripted = isinstance(part, torch.jit.ScriptModule)
+        # Either what torch.compile(module) returns, or a module after its own compile().
+        compiled = "_orig_mod" in part._modules or part._compiled_call_impl is not None
+        if scripted or compiled:
+            raise TypeError(
+                f"memory={memory!r} cannot compose on use inside a compiled or scripted module "
+                f"({name or 'the module itself'}): use memory='whole', or an eager module"
+            )
 
 
 def _check_fit(module: nn.Module, bank: TaskVectorBank) -> None:

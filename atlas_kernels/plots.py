@@ -66,7 +66,7 @@ def accuracy_figure(
 
     Accuracies and differences are shares of 1 and drawn in per cent.
     """
-    figure = _figure(_WIDTH, 5.2)
+    figure = new_figure(_WIDTH, 5.2)
     left, right = figure.subplots(1, 2, width_ratios=(1.3, 1))
     ticks = sorted({x for curve in curves for x in curve.x})
     for index, curve in enumerate(curves):
@@ -123,7 +123,7 @@ def coefficient_figure(
     coef: Array, vectors: Sequence[str], blocks: Sequence[str], *, title: str
 ) -> Figure:
     """Heat map of coefficients [N, B]: vectors by blocks, blocks grouped by layer."""
-    figure = _figure(_WIDTH, 1.9 + 0.19 * len(vectors))
+    figure = new_figure(_WIDTH, 1.9 + 0.19 * len(vectors))
     axes = figure.subplots()
     limit = float(np.abs(coef).max()) or 1.0
     _block_map(axes, coef, vectors, blocks, cmap="PuOr", vmin=-limit, vmax=limit)
@@ -145,7 +145,7 @@ def bank_figure(
     title: str,
 ) -> Figure:
     """Heat map of relative errors [N, B] of a bank's deltas, and each block's bits per weight."""
-    figure = _figure(_WIDTH, 3.2 + 0.19 * len(vectors))
+    figure = new_figure(_WIDTH, 3.2 + 0.19 * len(vectors))
     upper, axes = figure.subplots(2, 1, height_ratios=(1.2, 2 + 0.19 * len(vectors)), sharex=True)
     groups = group_blocks(blocks)
     order = [column for _, columns, _ in groups for column in columns]
@@ -255,7 +255,7 @@ def contact_sheet(
 
     ``marked`` tasks get a frame; ``note`` says at the bottom what it means.
     """
-    figure = _figure(_WIDTH, 1.0 + 1.45 * len(rows))
+    figure = new_figure(_WIDTH, 1.0 + 1.45 * len(rows))
     grid = figure.subplots(len(rows), len(columns), squeeze=False)
     for i, row in enumerate(rows):
         for j, column in enumerate(columns):
@@ -290,7 +290,8 @@ def save(figure: Figure, path: str | Path) -> None:
     write_atomically(path, lambda name: figure.savefig(name, format="png", dpi=_DPI))
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
+    """An empty white figure of this size in inches."""
     figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     return figure

@@ -31,6 +31,15 @@ SLOTS = 8
 _THREADS = 2
 
 
+def check_streamable(bank: TaskVectorBank) -> None:
+    """Raises ValueError if the bank's deltas are in memory already, where it composes."""
+    if bank.path is None and bank.device.type == "cpu":
+        raise ValueError(
+            "memory='stream' reads the deltas from a file, but this bank is in memory: save it "
+            "and use TaskVectorBank.load(path), or use memory='recompute'"
+        )
+
+
 class Stream:
     """The blocks of a bank, one at a time: what `on_use` composes with memory="stream".
 
@@ -46,12 +55,8 @@ class Stream:
     """
 
     def __init__(self, bank: TaskVectorBank) -> None:
+        check_streamable(bank)
         device = bank.device
-        if bank.path is None and device.type == "cpu":
-            raise ValueError(
-                "memory='stream' reads the deltas from a file, but this bank is in memory: save it "
-                "and use TaskVectorBank.load(path), or use memory='recompute'"
-            )
         self._bank = bank
         self._device = device
         self.num_vectors = len(bank.names)
@@ -91,7 +96,11 @@ class Stream:
                 self._request(column, k)
             future = self._pending.pop(piece)
             self._request(column, k + 1)
-            buffer = future.result()
+            try:
+                buffer = future.result()
+            except (OSError, FileFormatError):
+                # It was read ahead, perhaps long ago: what was wrong may have passed.
+                buffer = self._filled(piece)
             try:
                 yield slice(piece.start, piece.end), self._segment(piece, buffer)
             finally:

@@ -11,13 +11,15 @@ from typing import Any
 import pytest
 import torch
 from tolerances import dot_error
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import atlas_kernels as ak
 from atlas_kernels import segment as segment_module
 from atlas_kernels import stream as stream_module
 from atlas_kernels.checkpoints import FileFormatError, data_offsets
 from atlas_kernels.layout import TILE
+from atlas_kernels.memory import PeakMemory
 from atlas_kernels.segment import chunks
 from atlas_kernels.stream import Stream
 
@@ -244,3 +246,126 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mon
         make_file(path, "int4")
     assert path.read_bytes() == content
     assert [p.name for p in tmp_path.iterdir()] == ["bank.safetensors"]
+
+
+# -- models ----------------------------------------------------------------------------------------
+
+
+class Tied(nn.Module):
+    """A weight used twice, another one unused, activation checkpointing, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(96, 96)
+        self.again = nn.Linear(96, 96)
+        self.again.weight = self.first.weight
+        self.unused = nn.Linear(3, 3)
+        self.attention = nn.MultiheadAttention(96, 4, batch_first=True)
+        self.head = nn.Linear(96, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x).tanh()
+        hidden = checkpoint(lambda h: self.again(h).tanh(), hidden, use_reentrant=False)
+        return self.head(self.attention(hidden, hidden, hidden, need_weights=False)[0])
+
+
+def learned(codec: str, tmp_path: Path) -> tuple[nn.Module, ak.TaskVectorBank]:
+    torch.manual_seed(4)
+    module = Tied()
+    base = {name: p.detach() for name, p in module.named_parameters()}
+    vectors = {
+        f"task-{i}": ak.TaskVector({n: 0.1 * torch.randn_like(p) for n, p in base.items()})
+        for i in range(3)
+    }
+    path = tmp_path / "bank.safetensors"
+    return module, ak.TaskVectorBank.pack(path, module, vectors, codec=codec)
+
+
+def step(model: ak.ComposedModel, x: Tensor) -> tuple[Tensor, Tensor]:
+    with torch.no_grad():
+        model.coef.copy_(torch.linspace(-1, 1, model.coef.numel()).view_as(model.coef))
+    model.coef.grad = None
+    loss = model(x).square().mean()
+    loss.backward()
+    assert model.coef.grad is not None
+    return loss.detach(), model.coef.grad
+
+
+@pytest.mark.parametrize("codec", ["bf16", "int4", "auto:3"])
+@pytest.mark.parametrize("granularity", ["block", "task"])
+def test_models_learn_alike_in_every_mode(codec: str, granularity: Any, tmp_path: Path) -> None:
+    module, bank = learned(codec, tmp_path)
+    x = torch.randn(4, 7, 96)
+    results = {}
+    for memory in ("recompute", "stream"):
+        model = ak.ComposedModel(module, bank, granularity=granularity, memory=memory)
+        results[memory] = step(model, x)
+        # The same bits on repetition, when all is read ahead.
+        for first, second in zip(results[memory], step(model, x), strict=True):
+            assert torch.equal(first, second)
+    # The same composed weights, hence the same loss; coefficients' gradients are summed in chunks:
+    # at most 9,216 products each, that lie within 1 (measured), in float32.
+    assert torch.equal(results["recompute"][0], results["stream"][0])
+    expected = results["recompute"][1]
+    bound = 8 * 2**-23 * (9216 * 14) ** 0.5
+    assert bool((results["stream"][1] - expected).abs().max() <= bound)
+    assert bool(expected.abs().max() > 100 * bound)
+    merged = model.merge()
+    whole = ak.ComposedModel(module, bank, granularity=granularity)
+    with torch.no_grad():
+        whole.coef.copy_(model.coef)
+    assert torch.equal(merged(x), whole.merge()(x))
+
+
+def test_memory_of_a_step_is_constant_in_the_number_of_vectors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Made in a step, and alive: nothing of the order of N blocks, and not twice the same chunk."""
+    monkeypatch.setattr(segment_module, "CHUNK", 1 << 16)
+    torch.manual_seed(5)
+    module = nn.Sequential(*(nn.Linear(256, 256) for _ in range(6)))
+    base = {name: p.detach() for name, p in module.named_parameters()}
+    delta = ak.TaskVector({name: torch.randn_like(p) for name, p in base.items()})
+    peaks = {}
+    for memory in ("recompute", "stream"):
+        for count in (2, 8):
+            path = tmp_path / f"{count}.safetensors"
+            bank = ak.TaskVectorBank.pack(path, module, {str(i): delta for i in range(count)})
+            model = ak.ComposedModel(module, bank, memory=memory)
+            # The first step opens the file and makes the buffers.
+            model(torch.ones(2, 256))
+            with PeakMemory() as counted:
+                model(torch.ones(2, 256)).sum().backward()
+            peaks[memory, count] = counted.peak
+    block = 256 * 256 * 4
+    # Coefficients grow by 6 * 12 numbers and their copies; tables of chunks are small.
+    assert abs(peaks["stream", 8] - peaks["stream", 2]) < 0.1 * block
+    # A chunk's deltas are in buffers of their own, made before; its result is a copy of a part.
+    assert peaks["stream", 8] < peaks["recompute", 8] + 0.5 * block
+
+
+def test_a_file_that_breaks_while_a_model_learns(tmp_path: Path) -> None:
+    module, bank = learned("bf16", tmp_path)
+    model = ak.ComposedModel(module, bank, memory="stream")
+    x = torch.randn(4, 7, 96)
+    loss, _ = step(model, x)
+    assert bank.path is not None
+    start, end = data_offsets(bank.path)["deltas.0"]
+    content = bank.path.read_bytes()
+    with open(bank.path, "r+b") as file:
+        file.seek(start)
+        file.write(bytes(end - start))
+    # Chunks that were read ahead are as they were; at the latest the second step meets the damage.
+    with pytest.raises(FileFormatError, match="checksum"):  # noqa: PT012
+        step(model, x)
+        step(model, x)
+    bank.path.write_bytes(content)
+    assert torch.equal(step(model, x)[0], loss)
+
+
+def test_models_refuse_a_bank_in_memory_at_once() -> None:
+    module = nn.Linear(2, 2)
+    vector = ak.TaskVector({"weight": torch.ones(2, 2)}, name="t")
+    bank = ak.TaskVectorBank.from_task_vectors(module, [vector])
+    with pytest.raises(ValueError, match=r"bank is in memory: save it and use TaskVectorBank.load"):
+        ak.ComposedModel(module, bank, memory="stream")
