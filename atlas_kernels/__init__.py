@@ -4,12 +4,14 @@ from .backends import BackendUnavailableError, backends
 from .bank import TaskVectorBank
 from .compose import compose
 from .composed import ComposedModel
+from .low_rank import LowRank
 from .plan import Plan, plan
 from .task_vector import TaskVector
 
 __all__ = [
     "BackendUnavailableError",
     "ComposedModel",
+    "LowRank",
     "Plan",
     "TaskVector",
     "TaskVectorBank",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from math import prod
-from operator import mul
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,10 @@ from torch import Tensor, nn
 from .checkpoints import parts_of, read_tensors, write_mapped, write_tensors
 from .codecs import codec_named
 from .compose import check_coef
-from .packing import Packing, Patterns
-from .segment import Segment, chunks
+from .factorwise import factor_names, multiply
+from .low_rank import LowRankSegment
+from .packing import Lora, Packing, Patterns
+from .segment import Segment
 from .task_vector import TaskVector
 
 _KIND = "bank"
@@ -26,12 +27,17 @@ class TaskVectorBank:
 
     ``compose(coef)[block] = base[block] + sum_i coef[i, block] * delta_i[block]``
 
+    Blocks whose deltas are low-rank (LoRA) are kept and composed as factors. With
+    ``lora="factorwise"`` each factor is a block of its own, and the weights that the model uses,
+    ``weights``, are ``base[w] + scale * composed[w + ".lora_B"] @ composed[w + ".lora_A"]``.
+
     Blocks that no task vector changes are not stored as deltas; they, the buffers and whatever
     ``include`` and ``exclude`` leave out stay in ``constants``.
 
     Attributes:
         names: the N task vectors.
-        blocks: the B composed parameters, in the order of ``coef``'s columns.
+        blocks: the B composed parameters (or factors), in the order of ``coef``'s columns.
+        weights: the parameters that `compose` returns: ``blocks``, unless some are factors.
         shapes: their shapes.
         codec: how deltas are stored, as it was asked for.
         codecs: the codec of each block.
@@ -74,21 +80,14 @@ class TaskVectorBank:
         codecs = [self.codec] * len(self.blocks)
         segments = []
         for index, (columns, codec) in enumerate(fields["segments"]):
-            segments.append(
-                Segment.of(
-                    columns,
-                    [self.shapes[j] for j in columns],
-                    codec_named(codec),
-                    len(self.names),
-                    tensors[f"base.{index}"],
-                    tensors[f"deltas.{index}"],
-                    tensors.get(f"scales.{index}"),
-                )
-            )
+            segments.append(self._segment(tensors, index))
             for column in columns:
                 codecs[column] = codec
         self.segments = tuple(segments)
         self.codecs = tuple(codecs)
+        self._products: dict[str, float] = fields.get("products", {})
+        factors = {name for weight in self._products for name in factor_names(weight)}
+        self.weights = (*(b for b in self.blocks if b not in factors), *self._products)
 
     @classmethod
     def from_task_vectors(
@@ -99,6 +98,7 @@ class TaskVectorBank:
         codec: str = "bf16",
         include: Patterns = None,
         exclude: Patterns = None,
+        lora: Lora = "product",
         progress: bool = False,
     ) -> TaskVectorBank:
         """Packs a bank, on the device of ``base``, one block of one vector at a time.
@@ -109,26 +109,36 @@ class TaskVectorBank:
             codec: "fp32", "bf16", "fp16"; "int8", "int4", "int3", "int2", "sign" (packed, see
                 `codecs.packed`); or "auto:<bits>", for example "auto:3.5": every block gets the
                 smallest codec with a relative error of at most e, and e is the least for which
-                the average bits per weight, scales included, are within the budget.
+                the average bits per weight, scales included, are within the budget. The factors
+                of low-rank blocks stay floating point: in bf16, if the codec packs.
             include: shell-style patterns of the blocks to compose, for example ``"visual.*"``; all
                 by default.
             exclude: patterns of blocks to keep as in the base.
+            lora: how low-rank deltas are composed. "product" adds ``coef * scale * up @ down``,
+                one coefficient per vector and block. "factorwise" (what aTLAS did, arXiv
+                2407.02880) adds the factors, each with coefficients of its own, to a random A_0 and
+                to zero, and multiplies the sums: the result is not linear in ``coef``, and at zero
+                only the coefficients of ``lora_B`` have a gradient. It takes equal ranks and
+                scales; the factors are stored by ``codec`` like other blocks.
             progress: shows a progress bar on standard error.
 
         Raises:
-            ValueError: an unknown codec, names that are not unique, a vector with a block that the
-                base lacks or shapes differently, that changes tied parameters apart or is not
-                finite in the codec's dtype, one that was made from another base, or a base spread
-                over several devices.
+            ValueError: an unknown codec or ``lora``, names that are not unique, a vector with a
+                block that the base lacks or shapes differently, that changes tied parameters apart
+                or is not finite in the codec's dtype, one that was made from another base, a block
+                that is low-rank in one vector and dense in another, or a base spread over several
+                devices.
             TypeError: a block of the base is neither float32, bfloat16 nor float16.
         """
-        packing = Packing.of(base, vectors, codec, include, exclude, progress)
+        packing = Packing.of(base, vectors, codec, include, exclude, lora, progress)
         tensors = {
             name: torch.zeros(shape, dtype=dtype, device=packing.device)
             for name, (dtype, shape) in packing.specs().items()
         }
         packing.fill(tensors, progress)
-        return cls(tensors, packing.constants, packing.fields())
+        # The bank's own, like the base of other blocks.
+        weights = {weight: packing.constants[weight].clone() for weight in packing.products}
+        return cls(tensors, packing.constants | weights, packing.fields())
 
     @classmethod
     def pack(
@@ -140,6 +150,7 @@ class TaskVectorBank:
         codec: str = "bf16",
         include: Patterns = None,
         exclude: Patterns = None,
+        lora: Lora = "product",
         progress: bool = False,
     ) -> TaskVectorBank:
         """`from_task_vectors` into a file, which is then loaded: for banks larger than memory.
@@ -151,7 +162,7 @@ class TaskVectorBank:
             ValueError: besides, no chosen block is changed by any of the vectors.
             OSError: the file cannot be written, or the disk has no room for it; nothing is changed.
         """
-        packing = Packing.of(base, vectors, codec, include, exclude, progress)
+        packing = Packing.of(base, vectors, codec, include, exclude, lora, progress)
         if not packing.blocks:
             raise ValueError(
                 "nothing to pack: no chosen block is changed by any of the task vectors"
@@ -160,8 +171,7 @@ class TaskVectorBank:
         constants = {f"constant.{name}": tensor for name, tensor in packing.constants.items()}
         specs = packing.specs()
         for index, arena in enumerate(packing.arenas):
-            count = len(chunks(arena.layout, arena.codec, len(packing.vectors)))
-            specs[f"checksums.{index}"] = (torch.int64, (count,))
+            specs[f"checksums.{index}"] = (torch.int64, (arena.num_checksums,))
         specs |= {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in constants.items()}
 
         def fill(tensors: dict[str, Tensor]) -> None:
@@ -186,20 +196,14 @@ class TaskVectorBank:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of base, deltas and scales together, without ``constants``."""
-        return sum(
-            tensor.nbytes
-            for segment in self.segments
-            for tensor in (segment.base, segment.deltas, segment.scales)
-            if tensor is not None
-        )
+        """Bytes of base, deltas and scales (or factors) together, without ``constants``."""
+        return sum(tensor.nbytes for s in self.segments for tensor in s.tensors.values())
 
     @property
     def bits_per_weight(self) -> float:
         """Stored bits per element of a delta, scales included, padding not: the average."""
-        elements = [prod(shape) for shape in self.shapes]
-        bits = (codec_named(codec).bits_per_weight for codec in self.codecs)
-        return float(sum(map(mul, bits, elements))) / max(1, sum(elements))
+        elements = sum(map(prod, self.shapes))
+        return float(sum(segment.bits for segment in self.segments)) / max(1, elements)
 
     @property
     def device(self) -> torch.device:
@@ -208,12 +212,13 @@ class TaskVectorBank:
 
     @property
     def base(self) -> dict[str, Tensor]:
-        """The base's blocks as views of the arena."""
+        """The base of ``weights``: views of the arena, or of ``constants``."""
         found: dict[str, Tensor] = {}
         for segment in self.segments:
             views = segment.layout.split(segment.base)
             found |= zip((self.blocks[j] for j in segment.columns), views, strict=True)
-        return {block: found[block] for block in self.blocks}
+        found |= {weight: self.constants[weight] for weight in self._products}
+        return {name: found[name] for name in self.weights}
 
     def compose(self, coef: Tensor, *, backend: str = "auto") -> dict[str, Tensor]:
         """``base[block] + sum_i coef[i, block] * delta_i[block]``, all blocks in one pass.
@@ -223,7 +228,7 @@ class TaskVectorBank:
             backend: as for `atlas_kernels.compose`.
 
         Returns:
-            The composed blocks by name, in the base's dtypes, differentiable (twice) in ``coef``.
+            The composed ``weights`` by name, in the base's dtypes, differentiable (twice) in coef.
             They are views of one arena: while gradients are recorded, clone one before changing it
             in place.
 
@@ -241,7 +246,9 @@ class TaskVectorBank:
             flat = segment.compose(part, backend)
             members = (self.blocks[j] for j in segment.columns)
             composed |= zip(members, segment.layout.split(flat), strict=True)
-        return composed if len(self.segments) == 1 else {b: composed[b] for b in self.blocks}
+        if len(self.segments) > 1:
+            composed = {block: composed[block] for block in self.blocks}
+        return multiply(composed, self.constants, self._products) if self._products else composed
 
     def state_dict(self, coef: Tensor) -> dict[str, Tensor]:
         """The complete composed state dict: composed blocks, constants and tied names."""
@@ -258,7 +265,8 @@ class TaskVectorBank:
     def to(self, device: torch.device | str, *, deltas: bool = True) -> TaskVectorBank:
         """A bank on ``device`` (this one, if it is there already).
 
-        Without ``deltas``, they stay where they are: such a bank can be streamed, not composed.
+        Without ``deltas``, they stay where they are, low-rank ones aside: such a bank can be
+        streamed, not composed.
         """
         if torch.device(device) == self.device:
             return self
@@ -284,11 +292,33 @@ class TaskVectorBank:
     def _tensors(self) -> dict[str, Tensor]:
         tensors = {"errors": self.errors}
         for index, segment in enumerate(self.segments):
-            tensors[f"base.{index}"] = segment.base
-            tensors[f"deltas.{index}"] = segment.deltas
-            if segment.scales is not None:
-                tensors[f"scales.{index}"] = segment.scales
+            tensors |= {f"{name}.{index}": tensor for name, tensor in segment.tensors.items()}
         return tensors
+
+    def _segment(self, tensors: Mapping[str, Tensor], index: int) -> Segment | LowRankSegment:
+        columns, codec = self.fields["segments"][index]
+        low_rank = self.fields.get("low_rank", {}).get(str(index))
+        shapes = [self.shapes[j] for j in columns]
+        base = tensors[f"base.{index}"]
+        if low_rank is None:
+            return Segment.of(
+                columns,
+                shapes,
+                codec_named(codec),
+                len(self.names),
+                base,
+                tensors[f"deltas.{index}"],
+                tensors.get(f"scales.{index}"),
+            )
+        return LowRankSegment.of(
+            columns,
+            shapes,
+            codec_named(codec),
+            low_rank["ranks"],
+            low_rank["scales"],
+            base,
+            tensors[f"factors.{index}"],
+        )
 
     @classmethod
     def load(cls, path: str | Path, mmap: bool = True) -> TaskVectorBank:

@@ -97,6 +97,11 @@ class ComposedModel(nn.Module):
             )
         if memory != "whole":
             _check_uncompiled(module, memory)
+            if bank.weights != bank.blocks:
+                raise ValueError(
+                    f"memory={memory!r} composes block by block, but weights of this bank are "
+                    "products of blocks (lora='factorwise'): use memory='whole'"
+                )
         if memory == "stream":
             check_streamable(bank)
         _check_fit(module, bank)

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
+from math import prod
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +19,15 @@ from tqdm.auto import tqdm
 from .checkpoints import digest
 from .codecs import CODECS, Codec, parse_codec
 from .compose import STORAGE_DTYPES
+from .factorwise import expand, factor_names
 from .layout import Layout, pieces
+from .low_rank import LowRank, factor_views, num_factor_elements, to_dense
+from .segment import chunks
 from .task_vector import TaskVector
 
 Patterns = str | Sequence[str] | None
+Lora = Literal["product", "factorwise"]
+Specs = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 # What "auto" chooses from, smallest first.
 _LADDER = tuple(CODECS[name] for name in ("sign", "int2", "int3", "int4", "int8", "bf16"))
@@ -29,17 +35,116 @@ _LADDER = tuple(CODECS[name] for name in ("sign", "int2", "int3", "int4", "int8"
 
 @dataclass(frozen=True)
 class Arena:
-    """The blocks that share a base dtype and a codec.
+    """The dense blocks that share a base dtype and a codec: what becomes a `Segment`.
 
     Attributes:
         columns: their places among all blocks.
         layout: where their elements lie.
+        count: the number of task vectors.
     """
 
     columns: tuple[int, ...]
     codec: Codec
     dtype: torch.dtype
     layout: Layout
+    count: int
+
+    @property
+    def num_checksums(self) -> int:
+        """Of the segment."""
+        return len(chunks(self.layout, self.codec, self.count))
+
+    def specs(self) -> Specs:
+        """Dtype and shape of the segment's tensors."""
+        codec, elements = self.codec, self.count * self.layout.numel
+        specs: Specs = {
+            "base": (self.dtype, (self.layout.numel,)),
+            "deltas": (codec.dtype, (codec.items(elements),)),
+        }
+        if codec.bits:
+            specs["scales"] = (torch.bfloat16, (codec.scales(elements),))
+        return specs
+
+    def encode(
+        self, k: int, block: str, vectors: Mapping[str, TaskVector], parts: Mapping[str, Tensor]
+    ) -> Tensor:
+        """Writes the deltas of the k-th block; returns the N relative errors."""
+        start, end = self.layout.offsets[k : k + 2]
+        first, last = self.count * start, self.count * end
+        items, scale_items = self.codec.items, self.codec.scales
+        scales = parts.get("scales")
+        return _encode(
+            block,
+            vectors,
+            self.codec,
+            end - start,
+            parts["deltas"][items(first) : items(last)],
+            None if scales is None else scales[scale_items(first) : scale_items(last)],
+        )
+
+
+@dataclass(frozen=True)
+class LowRankArena:
+    """The low-rank blocks that share a base dtype: what becomes a `LowRankSegment`.
+
+    Attributes:
+        columns: their places among all blocks.
+        layout: where their elements lie in the base.
+        ranks, scales: of every block those of each task vector; 0 where it does not change it.
+    """
+
+    columns: tuple[int, ...]
+    codec: Codec
+    dtype: torch.dtype
+    layout: Layout
+    ranks: list[list[int]]
+    scales: list[list[float]]
+
+    num_checksums = 1
+
+    @classmethod
+    def of(
+        cls,
+        columns: Sequence[int],
+        codec: Codec,
+        dtype: torch.dtype,
+        blocks: Mapping[str, Tensor],
+        vectors: Mapping[str, TaskVector],
+    ) -> LowRankArena:
+        """The arena of the blocks in these columns."""
+        names = [list(blocks)[column] for column in columns]
+        layout = Layout.from_shapes([blocks[name].shape for name in names], alignment=1)
+        pairs = [[_rank_and_scale(vector, name) for vector in vectors.values()] for name in names]
+        ranks = [[rank for rank, _ in its] for its in pairs]
+        scales = [[scale for _, scale in its] for its in pairs]
+        return cls(tuple(columns), codec, dtype, layout, ranks, scales)
+
+    def specs(self) -> Specs:
+        """Dtype and shape of the segment's tensors."""
+        elements = num_factor_elements(self.layout.shapes, self.ranks)
+        return {
+            "base": (self.dtype, (self.layout.numel,)),
+            "factors": (self.codec.dtype, (elements,)),
+        }
+
+    def encode(
+        self, k: int, block: str, vectors: Mapping[str, TaskVector], parts: Mapping[str, Tensor]
+    ) -> Tensor:
+        """Writes the factors of the k-th block; returns the N relative errors."""
+        up, down = factor_views(parts["factors"], self.layout.shapes, self.ranks)[k]
+        errors = torch.zeros(len(vectors))
+        each = zip(
+            vectors.items(), up.split(self.ranks[k], 1), down.split(self.ranks[k]), strict=True
+        )
+        for i, ((name, vector), its_up, its_down) in enumerate(each):
+            delta = vector.deltas.get(block)
+            if its_down.shape[0] and isinstance(delta, LowRank):
+                its_up.copy_(delta.up)
+                its_down.copy_(delta.down.flatten(1))
+                stored = LowRank(its_up, its_down.view(delta.down.shape), delta.scale)
+                _check_finite(stored.is_finite(), name, block, self.codec)
+                errors[i] = delta.error(stored)
+        return errors
 
 
 @dataclass(frozen=True)
@@ -53,6 +158,7 @@ class Packing:
         vectors: the task vectors by name.
         digests: fingerprints of the blocks' base.
         arenas: where the blocks go.
+        products: the scales of weights whose factors are blocks (see `factorwise`).
     """
 
     codec: str
@@ -61,7 +167,8 @@ class Packing:
     aliases: dict[str, str]
     vectors: dict[str, TaskVector]
     digests: list[str]
-    arenas: list[Arena]
+    arenas: list[Arena | LowRankArena]
+    products: dict[str, float]
 
     @classmethod
     def of(
@@ -71,10 +178,13 @@ class Packing:
         codec: str,
         include: Patterns,
         exclude: Patterns,
+        lora: Lora,
         progress: bool,
     ) -> Packing:
         """Raises as `TaskVectorBank.from_task_vectors` documents."""
         fixed, budget = parse_codec(codec)
+        if lora not in get_args(Lora):
+            raise ValueError(f"unknown lora {lora!r}: expected 'product' or 'factorwise'")
         parameters, constants, aliases = split_base(base)
         named = _named(vectors)
         digests = {name: digest(parameter) for name, parameter in parameters.items()}
@@ -83,32 +193,46 @@ class Packing:
         blocks: dict[str, Tensor] = {}
         for block, parameter in parameters.items():
             if chosen(block, include, exclude) and any(
-                _changes(vector, block) for vector in named.values()
+                vector.changes(block) for vector in named.values()
             ):
                 _check_block(block, parameter, next(iter(blocks.values()), parameter))
                 blocks[block] = parameter
             else:
                 constants[block] = parameter
+        low_rank = {block for block in blocks if _is_low_rank(block, named)}
+        products: dict[str, float] = {}
+        if lora == "factorwise":
+            constants |= {block: blocks[block] for block in low_rank}
+            blocks, named, products = expand(blocks, low_rank, named)
+            # Of what the factors' product is added to.
+            digests |= {name: digests[block] for block in products for name in factor_names(block)}
+            low_rank = set()
+        dense = {block: tensor for block, tensor in blocks.items() if block not in low_rank}
         if fixed is None:
-            codecs = _within_budget(budget, blocks, named, progress)
+            codecs = dict(zip(dense, _within_budget(budget, dense, named, progress), strict=True))
         else:
-            codecs = [fixed] * len(blocks)
-        columns: dict[tuple[int, Codec], list[int]] = {}
-        for column, (parameter, its) in enumerate(zip(blocks.values(), codecs, strict=True)):
-            key = STORAGE_DTYPES.index(parameter.dtype), its
+            codecs = dict.fromkeys(dense, fixed)
+        factor_codec = fixed if fixed is not None and not fixed.bits else CODECS["bf16"]
+        columns: dict[tuple[bool, int, Codec], list[int]] = {}
+        for column, (block, parameter) in enumerate(blocks.items()):
+            dtype = STORAGE_DTYPES.index(parameter.dtype)
+            key = block in low_rank, dtype, codecs.get(block, factor_codec)
             columns.setdefault(key, []).append(column)
         tensors = list(blocks.values())
         arenas = [
-            Arena(
+            LowRankArena.of(members, its, STORAGE_DTYPES[dtype], blocks, named)
+            if factored
+            else Arena(
                 tuple(members),
                 its,
                 STORAGE_DTYPES[dtype],
                 Layout.from_shapes([tensors[j].shape for j in members], its.alignment),
+                len(named),
             )
-            for (dtype, its), members in sorted(columns.items(), key=lambda item: item[0][0])
+            for (factored, dtype, its), members in sorted(columns.items(), key=lambda c: c[0][:2])
         ]
         chosen_digests = [digests[block] for block in blocks]
-        return cls(codec, blocks, constants, aliases, named, chosen_digests, arenas)
+        return cls(codec, blocks, constants, aliases, named, chosen_digests, arenas, products)
 
     @property
     def device(self) -> torch.device:
@@ -123,49 +247,62 @@ class Packing:
             "shapes": [list(tensor.shape) for tensor in self.blocks.values()],
             "codec": self.codec,
             "segments": [[list(arena.columns), arena.codec.name] for arena in self.arenas],
+            "low_rank": {
+                str(index): {"ranks": arena.ranks, "scales": arena.scales}
+                for index, arena in enumerate(self.arenas)
+                if isinstance(arena, LowRankArena)
+            },
+            "products": self.products,
             "base_digests": self.digests,
             "constants": list(self.constants),
             "aliases": self.aliases,
         }
 
-    def specs(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    def specs(self) -> Specs:
         """Dtype and shape of the tensors that `fill` fills, by name."""
-        count = len(self.vectors)
-        specs: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
-            "errors": (torch.float32, (count, len(self.blocks)))
-        }
+        specs: Specs = {"errors": (torch.float32, (len(self.vectors), len(self.blocks)))}
         for index, arena in enumerate(self.arenas):
-            elements = count * arena.layout.numel
-            specs[f"base.{index}"] = (arena.dtype, (arena.layout.numel,))
-            specs[f"deltas.{index}"] = (arena.codec.dtype, (arena.codec.items(elements),))
-            if arena.codec.bits:
-                specs[f"scales.{index}"] = (torch.bfloat16, (arena.codec.scales(elements),))
+            specs |= {f"{name}.{index}": spec for name, spec in arena.specs().items()}
         return specs
 
     def fill(self, tensors: Mapping[str, Tensor], progress: bool) -> None:
-        """Writes base, deltas, scales and errors into zeros of these `specs`."""
-        count = len(self.vectors)
+        """Writes base, deltas and scales (or factors), and errors into zeros of these `specs`."""
         names = list(self.blocks)
-        errors = tensors["errors"]
         with tqdm(total=len(names), desc="packing", disable=not progress, leave=False) as bar:
             for index, arena in enumerate(self.arenas):
-                base, deltas = tensors[f"base.{index}"], tensors[f"deltas.{index}"]
-                scales = tensors.get(f"scales.{index}")
-                items, scale_items = arena.codec.items, arena.codec.scales
-                offsets = zip(arena.layout.offsets, arena.layout.offsets[1:], strict=False)
-                for column, (start, end) in zip(arena.columns, offsets, strict=True):
-                    block = self.blocks[names[column]]
-                    base[start : start + block.numel()] = block.flatten()
-                    first, last = count * start, count * end
-                    errors[:, column] = _encode(
-                        names[column],
-                        self.vectors,
-                        arena.codec,
-                        end - start,
-                        deltas[items(first) : items(last)],
-                        None if scales is None else scales[scale_items(first) : scale_items(last)],
-                    )
+                parts = {name: tensors[f"{name}.{index}"] for name in arena.specs()}
+                for k, (column, start) in enumerate(
+                    zip(arena.columns, arena.layout.offsets, strict=False)
+                ):
+                    name = names[column]
+                    block = self.blocks[name]
+                    parts["base"][start : start + block.numel()] = block.flatten()
+                    tensors["errors"][:, column] = arena.encode(k, name, self.vectors, parts)
                     bar.update()
+
+
+def _is_low_rank(block: str, vectors: Mapping[str, TaskVector]) -> bool:
+    """Whether the deltas of a block are low-rank. Raises ValueError if only some of them are."""
+    found = {
+        name: isinstance(vector.deltas[block], LowRank)
+        for name, vector in vectors.items()
+        if vector.changes(block)
+    }
+    if all(found.values()) or not any(found.values()):
+        return any(found.values())
+    factored, dense = (
+        next(n for n, kind in found.items() if kind is want) for want in (True, False)
+    )
+    raise ValueError(
+        f"block {block!r} is low-rank in task vector {factored!r}, but dense in {dense!r}: use "
+        f"vector.dense() in place of {factored!r}"
+    )
+
+
+def _rank_and_scale(vector: TaskVector, block: str) -> tuple[int, float]:
+    delta = vector.deltas.get(block)
+    changes = isinstance(delta, LowRank) and not delta.is_zero()
+    return (delta.rank, delta.scale) if isinstance(delta, LowRank) and changes else (0, 0.0)
 
 
 def _within_budget(
@@ -226,13 +363,9 @@ def _encode(
         row = _row(vector, block, length, items.device)
         stored, row_scales = codec.encode(row)
         decoded = codec.decode(stored, row_scales)
-        # A zero coefficient would not silence it: 0 * inf is NaN.
-        if not bool(torch.isfinite(decoded).all()):
-            raise ValueError(
-                f"task vector {name!r}, block {block!r} is not finite when stored in {codec.name}"
-            )
+        _check_finite(bool(torch.isfinite(decoded).all()), name, block, codec)
         # Without the padding, which need not decode to zero.
-        size = vector.deltas[block].numel() if block in vector.deltas else 0
+        size = prod(vector.deltas[block].shape) if block in vector.deltas else 0
         errors[i] = _relative(decoded[:size], row[:size])
         for target, source in zip(targets, pieces(stored, length), strict=True):
             target[:, i] = source[:, 0]
@@ -242,11 +375,19 @@ def _encode(
     return errors
 
 
+def _check_finite(finite: bool, name: str, block: str, codec: Codec) -> None:
+    # A zero coefficient would not silence it: 0 * inf is NaN.
+    if not finite:
+        raise ValueError(
+            f"task vector {name!r}, block {block!r} is not finite when stored in {codec.name}"
+        )
+
+
 def _block_error(block: str, vectors: Mapping[str, TaskVector], codec: Codec) -> float:
     squares, total = 0.0, 0.0
     for vector in vectors.values():
         delta = vector.deltas.get(block)
-        if delta is not None:
+        if isinstance(delta, Tensor):
             length = -(-delta.numel() // codec.alignment) * codec.alignment
             row = _row(vector, block, length, delta.device)
             difference = codec.decode(*codec.encode(row)) - row
@@ -259,7 +400,7 @@ def _row(vector: TaskVector, block: str, length: int, device: torch.device) -> T
     """The delta, flat and zero-padded, in float32; zeros if the vector has no such block."""
     row = torch.zeros(length, device=device)
     delta = vector.deltas.get(block)
-    if delta is not None:
+    if isinstance(delta, Tensor):
         row[: delta.numel()] = delta.to(device).flatten()
     return row
 
@@ -322,7 +463,7 @@ def _check_vector(
     for block, delta in vector.deltas.items():
         if block in aliases:
             owner = vector.deltas.get(aliases[block])
-            if owner is None or not torch.equal(owner, delta):
+            if owner is None or not torch.equal(to_dense(owner), to_dense(delta)):
                 raise ValueError(
                     f"task vector {name!r} changes {block!r} and {aliases[block]!r} apart, but in "
                     "the base they are one tied parameter: give the base copies of its own for both"
@@ -367,8 +508,3 @@ def chosen(block: str, include: Patterns, exclude: Patterns) -> bool:
 def _matches(block: str, patterns: str | Sequence[str]) -> bool:
     patterns = [patterns] if isinstance(patterns, str) else patterns
     return any(fnmatchcase(block, pattern) for pattern in patterns)
-
-
-def _changes(vector: TaskVector, block: str) -> bool:
-    delta = vector.deltas.get(block)
-    return delta is not None and bool(delta.count_nonzero())

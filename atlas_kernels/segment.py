@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor
@@ -74,6 +75,17 @@ class Segment:
                 )
         index = torch.tensor(columns, dtype=torch.int64, device=base.device)
         return cls(tuple(columns), index, layout, codec, num_vectors, base, deltas, scales)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """All that is stored, by name."""
+        stored = {"base": self.base, "deltas": self.deltas}
+        return stored if self.scales is None else {**stored, "scales": self.scales}
+
+    @property
+    def bits(self) -> float:
+        """Stored bits of one task vector's blocks, scales included, padding not."""
+        return self.codec.bits_per_weight * sum(map(prod, self.layout.shapes))
 
     def compose(self, coef: Tensor, backend: str = "auto") -> Tensor:
         """The composed arena [P] for coef (N, B') or (N,)."""

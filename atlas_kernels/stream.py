@@ -23,6 +23,7 @@ from torch import Tensor
 
 from .bank import TaskVectorBank
 from .checkpoints import FileFormatError, data_offsets, read_tensors
+from .low_rank import LowRankSegment
 from .segment import Segment, chunks, crc
 
 # Chunks read ahead, being read and in use, together. Two threads: one waits for the disk while the
@@ -43,7 +44,8 @@ def check_streamable(bank: TaskVectorBank) -> None:
 class Stream:
     """The blocks of a bank, one at a time: what `on_use` composes with memory="stream".
 
-    Composing a block reads its deltas once, and so does the gradient of its coefficients.
+    Composing a block reads its deltas once, and so does the gradient of its coefficients. Low-rank
+    blocks are small: their factors stay in memory.
 
     Args:
         bank: whose base is where blocks are composed, and whose deltas are on the CPU. If it was
@@ -63,8 +65,11 @@ class Stream:
         self._source: _Source = _Host(bank) if bank.path is None else _File(bank.path, bank)
         self._pieces = self._cut()
         self._base: list[Tensor] = [torch.empty(0)] * len(bank.blocks)
+        self._low_rank: dict[int, LowRankSegment] = {}
         for segment in bank.segments:
             for block in segment.blocks():
+                if isinstance(block, LowRankSegment):
+                    self._low_rank[block.columns[0]] = block
                 self._base[block.columns[0]] = block.base
         size = max((piece.nbytes for block in self._pieces for piece in block), default=0)
         self._buffers: SimpleQueue[_Buffer] = SimpleQueue()
@@ -79,11 +84,15 @@ class Stream:
 
     def compose(self, column: int, coef: Tensor, /) -> Tensor:
         """``base + sum_i coef[i] * delta_i`` [P'] of a block for coef (N,); P' with padding."""
+        if column in self._low_rank:
+            return self._low_rank[column].compose(coef)
         composed: Tensor = _Compose.apply(self, column, coef, self._base[column])
         return composed
 
     def coef_grad(self, column: int, grad: Tensor, /) -> Tensor:
         """``<grad, delta_i>`` (N,) over a block for grad [P']; chunks are summed in float64."""
+        if column in self._low_rank:
+            return self._low_rank[column].coef_grad(grad).squeeze(1)
         result: Tensor = _CoefGrad.apply(self, column, grad)
         return result
 
@@ -117,6 +126,8 @@ class Stream:
         pieces: list[list[_Piece]] = [[] for _ in self._bank.blocks]
         count = len(self._bank.names)
         for index, segment in enumerate(self._bank.segments):
+            if isinstance(segment, LowRankSegment):
+                continue
             codec, offsets = segment.codec, segment.layout.offsets
             cuts = chunks(segment.layout, codec, count)
             for cut, checksum in zip(cuts, self._source.checksums(index, len(cuts)), strict=True):
@@ -297,9 +308,10 @@ class _Host:
     def __init__(self, bank: TaskVectorBank) -> None:
         self._arenas: dict[str, Tensor] = {}
         for index, segment in enumerate(bank.segments):
-            for name, tensor in (("deltas", segment.deltas), ("scales", segment.scales)):
-                if tensor is not None:
-                    self._arenas[f"{name}.{index}"] = tensor.view(torch.uint8)
+            if not isinstance(segment, LowRankSegment):
+                for name, tensor in (("deltas", segment.deltas), ("scales", segment.scales)):
+                    if tensor is not None:
+                        self._arenas[f"{name}.{index}"] = tensor.view(torch.uint8)
 
     def checksums(self, segment: int, count: int) -> list[None]:
         return [None] * count

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from .checkpoints import digest, parts_of, read_tensors, write_tensors
-from .compose import compose
+from .compose import check_coef, compose
+from .low_rank import Delta, LowRank, to_dense
+from .peft import read_adapter
 
 _KIND = "task_vector"
 # What BatchNorm keeps in a state dict: statistics of the data, not weights that were learned.
@@ -26,7 +29,7 @@ class TaskVector:
     """The difference that fine-tuning made: ``deltas[name] = finetuned[name] - pretrained[name]``.
 
     Attributes:
-        deltas: by parameter name.
+        deltas: by parameter name; a low-rank one stays as its factors (`LowRank`).
         statistics: the same for floating-point buffers (BatchNorm), which no composition touches.
         base: fingerprint of every pre-trained parameter; {} if unknown. A bank compares it with its
             own base.
@@ -40,7 +43,7 @@ class TaskVector:
         0.5
     """
 
-    deltas: dict[str, Tensor]
+    deltas: dict[str, Delta]
     statistics: dict[str, Tensor] = field(default_factory=dict)
     base: dict[str, str] = field(default_factory=dict)
     name: str = ""
@@ -78,45 +81,73 @@ class TaskVector:
             for key in names
         }
         _check_finite(changes)
-        deltas = {key: delta for key, delta in changes.items() if not _is_statistic(key)}
+        names = [key for key in changes if not _is_statistic(key)]
         return cls(
-            deltas=deltas,
+            deltas={key: changes[key] for key in names},
             statistics={key: delta for key, delta in changes.items() if _is_statistic(key)},
-            base={key: digest(pretrained[key]) for key in deltas},
+            base={key: digest(pretrained[key]) for key in names},
             name=name,
         )
 
+    @classmethod
+    def from_peft(cls, folder: str | Path, name: str = "") -> TaskVector:
+        """A LoRA adapter that PEFT saved: ``deltas[module + ".weight"] = scale * B @ A``.
+
+        The deltas stay factors. The base is unknown: names and shapes are compared when a bank is
+        packed. See `atlas_kernels.peft` for what is read.
+
+        Args:
+            folder: holds ``adapter_config.json`` and ``adapter_model.safetensors``.
+            name: the folder's by default.
+
+        Raises:
+            FileNotFoundError, FileFormatError: a file is missing or damaged, or the adapter is more
+                than a plain LoRA (DoRA, trained biases, whole modules, ...).
+            ValueError: a factor is not finite.
+        """
+        deltas: dict[str, Delta] = {**read_adapter(folder)}
+        _check_finite(deltas)
+        return cls(deltas, name=name or Path(folder).resolve().name)
+
     def __add__(self, other: TaskVector) -> TaskVector:
-        return self._combine(other, torch.add)
+        return self._combine(other, operator.add)
 
     def __sub__(self, other: TaskVector) -> TaskVector:
-        return self._combine(other, torch.sub)
+        return self._combine(other, operator.sub)
 
     def __mul__(self, factor: float) -> TaskVector:
-        return self._map(lambda delta: (delta.float() * factor).to(delta.dtype))
+        return self._map(lambda delta: _scaled(delta, factor))
 
     __rmul__ = __mul__
 
     def __neg__(self) -> TaskVector:
-        return self._map(torch.neg)
+        return self._map(operator.neg)
 
     def dot(self, other: TaskVector) -> float:
         """``sum over blocks of <self, other>``, accumulated in float64."""
         self._check_alike(other)
-        products = (
-            torch.dot(delta.double().flatten(), other.deltas[key].double().flatten())
-            for key, delta in self.deltas.items()
-        )
-        return float(sum(product.item() for product in products))
+        return float(sum(_dot(delta, other.deltas[key]) for key, delta in self.deltas.items()))
 
     def norm(self) -> float:
         """Euclidean length over all blocks, accumulated in float64."""
-        return float(self.dot(self) ** 0.5)
+        # Rounding may take a low-rank vector's below zero.
+        return float(max(0.0, self.dot(self)) ** 0.5)
 
     def cosine(self, other: TaskVector) -> float:
         """``dot / (norm * norm)``; 0.0 if either vector is zero."""
         lengths = self.norm() * other.norm()
         return self.dot(other) / lengths if lengths else 0.0
+
+    def changes(self, block: str) -> bool:
+        """Whether there is a delta of this name, and it is not zero."""
+        delta = self.deltas.get(block)
+        if delta is None:
+            return False
+        return not delta.is_zero() if isinstance(delta, LowRank) else bool(delta.count_nonzero())
+
+    def dense(self) -> TaskVector:
+        """The same vector with low-rank deltas as tensors, in float32."""
+        return replace(self, deltas={key: to_dense(delta) for key, delta in self.deltas.items()})
 
     def apply_to(self, target: Target, coef: float | Tensor = 1.0) -> Target:
         """``theta + coef * delta`` for every block, in a copy of ``target``; the rest is shared.
@@ -139,10 +170,17 @@ class TaskVector:
 
     def save(self, path: str | Path) -> None:
         """Writes a safetensors file with the base's fingerprint in its metadata."""
-        tensors = {f"delta.{key}": value for key, value in self.deltas.items()}
-        tensors |= {f"statistic.{key}": value for key, value in self.statistics.items()}
+        tensors = {f"statistic.{key}": value for key, value in self.statistics.items()}
+        scales = {}
+        for key, delta in self.deltas.items():
+            if isinstance(delta, LowRank):
+                tensors |= {f"factor.up.{key}": delta.up, f"factor.down.{key}": delta.down}
+                scales[key] = delta.scale
+            else:
+                tensors[f"delta.{key}"] = delta
+        blocks = list(self.deltas)
         write_tensors(
-            path, tensors, _KIND, name=self.name, base=self.base, blocks=list(self.deltas)
+            path, tensors, _KIND, name=self.name, base=self.base, blocks=blocks, scales=scales
         )
 
     @classmethod
@@ -154,11 +192,17 @@ class TaskVector:
             ValueError: a delta is not finite.
         """
         tensors, fields = read_tensors(path, _KIND)
-        deltas = {
+        deltas: dict[str, Delta] = {
             key.removeprefix("delta."): tensor
             for key, tensor in tensors.items()
             if key.startswith("delta.")
         }
+        with parts_of(path):
+            deltas |= {
+                key: LowRank(tensors[f"factor.up.{key}"], tensors[f"factor.down.{key}"], scale)
+                # Files from before there were any have no scales.
+                for key, scale in fields.get("scales", {}).items()
+            }
         _check_finite(deltas)
         with parts_of(path):
             return cls(
@@ -181,15 +225,19 @@ class TaskVector:
             if key in target and target[key].shape != delta.shape
         ]
         _raise_if(problems, "the task vector does not fit the model")
-        if not self.deltas:
-            return {}
-        base = [target[key].detach() for key in self.deltas]
-        deltas = [delta.to(base[0].device) for delta in self.deltas.values()]
-        factors = torch.as_tensor(coef, dtype=torch.float32, device=base[0].device)
+        factors = torch.as_tensor(coef, dtype=torch.float32)
         factors = factors.reshape(1, -1) if factors.dim() else factors.reshape(1)
-        return dict(zip(self.deltas, compose(base, [deltas], factors), strict=True))
+        check_coef(factors, 1, len(self.deltas), factors.device)
+        factors = factors.reshape(-1).expand(len(self.deltas))
+        composed = {}
+        # One by one, so that no more than one low-rank delta is dense at a time.
+        for (key, delta), factor in zip(self.deltas.items(), factors, strict=True):
+            base = target[key].detach()
+            tensor = to_dense(delta).to(base.device)
+            (composed[key],) = compose([base], [[tensor]], factor.reshape(1).to(base.device))
+        return composed
 
-    def _map(self, function: Callable[[Tensor], Tensor]) -> TaskVector:
+    def _map(self, function: Callable[[Any], Any]) -> TaskVector:
         return replace(
             self,
             name="",
@@ -197,18 +245,11 @@ class TaskVector:
             statistics={key: function(delta) for key, delta in self.statistics.items()},
         )
 
-    def _combine(
-        self, other: TaskVector, function: Callable[[Tensor, Tensor], Tensor]
-    ) -> TaskVector:
+    def _combine(self, other: TaskVector, function: Callable[[Any, Any], Any]) -> TaskVector:
         self._check_alike(other)
 
-        def combined(mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> dict[str, Tensor]:
-            return {
-                key: function(delta.float(), theirs[key].float()).to(
-                    torch.promote_types(delta.dtype, theirs[key].dtype)
-                )
-                for key, delta in mine.items()
-            }
+        def combined(mine: Mapping[str, Delta], theirs: Mapping[str, Delta]) -> dict[str, Any]:
+            return {key: _combined(delta, theirs[key], function) for key, delta in mine.items()}
 
         return replace(
             self,
@@ -218,7 +259,11 @@ class TaskVector:
         )
 
     def _check_alike(self, other: TaskVector) -> None:
-        for mine, theirs in ((self.deltas, other.deltas), (self.statistics, other.statistics)):
+        pairs: tuple[tuple[Mapping[str, Delta], Mapping[str, Delta]], ...] = (
+            (self.deltas, other.deltas),
+            (self.statistics, other.statistics),
+        )
+        for mine, theirs in pairs:
             problems = [f"only in one of the two: {key}" for key in mine.keys() ^ theirs.keys()]
             problems += [
                 f"{key}: shapes {tuple(delta.shape)} and {tuple(theirs[key].shape)}"
@@ -233,17 +278,39 @@ class TaskVector:
             )
 
 
+def _scaled(delta: Delta, factor: float) -> Delta:
+    if isinstance(delta, LowRank):
+        return delta * factor
+    return (delta.float() * factor).to(delta.dtype)
+
+
+def _combined(mine: Delta, theirs: Delta, function: Callable[[Any, Any], Any]) -> Any:
+    if isinstance(mine, LowRank) and isinstance(theirs, LowRank):
+        return function(mine, theirs)
+    mine, theirs = to_dense(mine), to_dense(theirs)
+    dtype = torch.promote_types(mine.dtype, theirs.dtype)
+    return function(mine.float(), theirs.float()).to(dtype)
+
+
+def _dot(mine: Delta, theirs: Delta) -> float:
+    if isinstance(mine, LowRank):
+        return mine.dot(theirs)
+    if isinstance(theirs, LowRank):
+        return theirs.dot(mine)
+    return torch.dot(mine.double().flatten(), theirs.double().flatten()).item()
+
+
+def _is_finite(delta: Delta) -> bool:
+    return delta.is_finite() if isinstance(delta, LowRank) else bool(torch.isfinite(delta).all())
+
+
 def _is_statistic(name: str) -> bool:
     return name.rsplit(".", 1)[-1] in _STATISTICS
 
 
-def _check_finite(deltas: Mapping[str, Tensor]) -> None:
+def _check_finite(deltas: Mapping[str, Delta]) -> None:
     _raise_if(
-        [
-            f"{key} ({delta.dtype})"
-            for key, delta in deltas.items()
-            if not bool(torch.isfinite(delta).all())
-        ],
+        [f"{key} ({delta.dtype})" for key, delta in deltas.items() if not _is_finite(delta)],
         "a task vector must be finite, but these blocks hold infinities or NaN",
     )
 

@@ -13,16 +13,21 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import need
+from tolerances import dot_error
 from torch import Tensor
 
 import atlas_kernels as ak
 from atlas_kernels import reference
-from atlas_kernels.layout import TILE, Layout
+from atlas_kernels.codecs import CODECS, Packed
+from atlas_kernels.codecs.packed import GROUP
+from atlas_kernels.layout import TILE, Layout, pieces
+from atlas_kernels.ops import ABSENT, SCHEMAS
 
 cpp = importlib.import_module("atlas_kernels.backends.cpp")
 OPS = torch.ops.atlas_kernels_cpp
 ROOT = Path(__file__).parent.parent
 FLOAT32, BFLOAT16, FLOAT16 = DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+PACKED = [codec for codec in CODECS.values() if isinstance(codec, Packed)]
 # Around the 16 lanes, around a tile, and over several tiles.
 SHAPES = [(), (0,), (1,), (15,), (16,), (17,), (3, 5, 7), (TILE,), (TILE + 1,), (101, 103)]
 FLAGS = {
@@ -71,7 +76,7 @@ def blocks(seed: int, num_vectors: int, num_blocks: int) -> tuple[list[Tensor], 
 
     base = [tensor(shape) for shape in shapes]
     deltas = [
-        torch.empty(0) if choose.random() < 0.1 else tensor(shape)
+        torch.empty(ABSENT) if choose.random() < 0.1 else tensor(shape)
         for _ in range(num_vectors)
         for shape in shapes
     ]
@@ -88,6 +93,42 @@ def bank(
     arena = torch.randn(layout.numel, generator=generator).to(choose.choice(DTYPES))
     deltas = torch.randn(num_vectors * layout.numel, generator=generator)
     return layout, arena, deltas.to(choose.choice(DTYPES))
+
+
+def packed_bank(
+    seed: int, codec: Packed, num_vectors: int, shapes: list[tuple[int, ...]]
+) -> tuple[Layout, Tensor, Tensor, Tensor]:
+    """A layout, one arena row, and words and scales of the deltas; padding included, all random."""
+    choose = random.Random(seed)
+    generator = torch.Generator().manual_seed(seed)
+    layout = Layout.from_shapes(shapes, codec.alignment)
+    arena = torch.randn(layout.numel, generator=generator).to(choose.choice(DTYPES))
+    elements = num_vectors * layout.numel
+    words = torch.randint(
+        -(2**31), 2**31, (codec.items(elements),), dtype=torch.int32, generator=generator
+    )
+    scales = torch.randn(codec.scales(elements), generator=generator).bfloat16()
+    return layout, arena, words, scales
+
+
+def rows_of(region: Tensor, length: int, num_vectors: int) -> Tensor:
+    """The interleaved rows of a block as [N, items]."""
+    views = pieces(region, length, num_vectors)
+    rows = [view.transpose(0, 1).flatten(1) for view in views]
+    return torch.cat(rows, 1) if rows else region.view(num_vectors, 0)
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Words of codes [n], one by one as the documentation of `codecs.packed` places them."""
+    if bits == 3:
+        low = [pack(unit & 3, 2) for unit in codes.split(512)]
+        high = [pack(unit >> 2, 1) for unit in codes.split(512)]
+        return torch.cat([part for unit in zip(low, high, strict=True) for part in unit])
+    words = [0] * (codes.numel() * bits // 32)
+    for element, code in enumerate(codes.tolist()):
+        unit, within = divmod(element, 16 * 32 // bits)
+        words[16 * unit + within % 16] |= code << bits * (within // 16)
+    return torch.tensor(words).to(torch.int32)
 
 
 @given(st.integers(0, 2**32), st.integers(0, 22), st.integers(1, 5))
@@ -107,6 +148,54 @@ def test_bank_forward_equals_the_reference(
     coef = torch.randn(num_vectors, len(shapes), generator=torch.Generator().manual_seed(seed))
     args = base, deltas, coef, layout.tile_block, layout.tile_offset
     assert equal(OPS.bank_compose(*args), reference.bank_compose(*args))
+
+
+@pytest.mark.parametrize("codec", PACKED, ids=lambda codec: codec.name)
+@given(st.integers(0, 2**32), st.integers(0, 22), st.lists(st.sampled_from(SHAPES), max_size=5))
+def test_packed_forward_equals_the_reference(
+    codec: Packed, seed: int, num_vectors: int, shapes: list[tuple[int, ...]]
+) -> None:
+    layout, base, words, scales = packed_bank(seed, codec, num_vectors, shapes)
+    coef = torch.randn(num_vectors, len(shapes), generator=torch.Generator().manual_seed(seed))
+    args = base, words, scales, codec.bits, coef, layout.tile_block, layout.tile_offset
+    assert equal(OPS.packed_compose(*args), reference.packed_compose(*args))
+
+
+@pytest.mark.parametrize("codec", PACKED, ids=lambda codec: codec.name)
+@given(st.integers(0, 2**32), st.integers(0, 22), st.lists(st.sampled_from(SHAPES), max_size=5))
+def test_packed_gradient_is_within_rounding(
+    codec: Packed, seed: int, num_vectors: int, shapes: list[tuple[int, ...]]
+) -> None:
+    layout, grad, words, scales = packed_bank(seed, codec, num_vectors, shapes)
+    tables = layout.tile_block, layout.tile_offset, layout.block_tile
+    result = OPS.packed_coef_grad(grad, words, scales, codec.bits, *tables, num_vectors, FLOAT32)
+    assert result.shape == (num_vectors, len(shapes))
+    for b, (start, end) in enumerate(zip(layout.offsets, layout.offsets[1:], strict=False)):
+        first, last = num_vectors * start, num_vectors * end
+        deltas = codec.decode(
+            rows_of(words[codec.items(first) : codec.items(last)], end - start, num_vectors),
+            rows_of(scales[codec.scales(first) : codec.scales(last)], end - start, num_vectors),
+        )
+        for value, delta in zip(result[:, b], deltas, strict=True):
+            expected = (grad[start:end].double() * delta.double()).sum()
+            assert abs(value - expected) <= dot_error(grad[start:end], delta)
+
+
+@pytest.mark.parametrize("codec", PACKED, ids=lambda codec: codec.name)
+def test_every_code_is_read_exactly_in_every_place(codec: Packed) -> None:
+    layout = Layout.from_shapes([(codec.alignment,)], codec.alignment)
+    tables = layout.tile_block, layout.tile_offset
+    scales = torch.full((codec.scales(layout.numel),), 0.75, dtype=BFLOAT16)
+    # Sums of products below 2**24 / 4 in quarters: exact in float32 in any order.
+    grad = torch.randint(-8, 9, (layout.numel,)).float()
+    for first in range(2**codec.bits):
+        codes = torch.arange(first, first + layout.numel) % 2**codec.bits
+        expected = 0.75 * (2 * codes + 1 - 2**codec.bits)
+        args = pack(codes, codec.bits), scales, codec.bits
+        composed = OPS.packed_compose(torch.zeros(layout.numel), *args, torch.ones(1, 1), *tables)
+        assert equal(composed, expected)
+        dot = OPS.packed_coef_grad(grad, *args, *tables, layout.block_tile, 1, FLOAT32)
+        assert dot.item() == (grad.double() * expected.double()).sum()
 
 
 @given(st.integers(0, 2**32), st.integers(1, 22))
@@ -141,6 +230,19 @@ def test_every_rounding_is_to_nearest_even(dtype: torch.dtype) -> None:
     assert equal(composed, (floats + 0.0).to(dtype))
 
 
+def packed_results(seed: int, codec: Packed, num_vectors: int) -> list[Tensor]:
+    """Both directions on four blocks of very unequal size."""
+    shapes: list[tuple[int, ...]] = [(3,), (0,), (333, 99), (TILE,)]
+    layout, arena, words, scales = packed_bank(seed, codec, num_vectors, shapes)
+    coef = torch.randn(num_vectors, 4, generator=torch.Generator().manual_seed(seed))
+    deltas = words, scales, codec.bits
+    tables = layout.tile_block, layout.tile_offset
+    return [
+        OPS.packed_compose(arena, *deltas, coef, *tables),
+        OPS.packed_coef_grad(arena, *deltas, *tables, layout.block_tile, num_vectors, FLOAT32),
+    ]
+
+
 def workload() -> str:
     """A digest of both directions of both forms, over all dtypes and group sizes."""
     results = []
@@ -156,6 +258,8 @@ def workload() -> str:
         results.append(
             OPS.bank_coef_grad(arena, flat, *tables, layout.block_tile, num_vectors, FLOAT32)
         )
+        for codec in PACKED:
+            results += packed_results(seed, codec, num_vectors)
     for dtype in (BFLOAT16, FLOAT16):
         special = torch.tensor([torch.inf, -torch.inf, 65519.0, 65520.0, 1e-7, 3e-8, 2e-8, -1e-40])
         ones = torch.ones(1, 1)
@@ -209,6 +313,8 @@ def test_every_number_of_threads_gives_the_same_bits() -> None:
                 OPS.bank_coef_grad(grad, flat, *tables, layout.block_tile, 3, FLOAT32),
                 *(composed[:7] for composed in OPS.compose(wide, deltas, coef)),
                 OPS.bank_compose(grad, flat, coef, *tables)[-999:],
+                # Large enough with 55 vectors.
+                *(tensor for codec in PACKED for tensor in packed_results(0, codec, 55)),
             )
     finally:
         torch.set_num_threads(before)
@@ -241,7 +347,7 @@ def test_tensors_are_read_where_they_lie(form: str, dtype: torch.dtype) -> None:
 def test_large_outputs_do_not_share_memory() -> None:
     # Beyond 1 MiB outputs reuse the memory of freed ones, never of living ones.
     base = [torch.full((2**19,), float(k)) for k in range(3)]
-    absent = [torch.empty(0)] * 3
+    absent = [torch.empty(ABSENT)] * 3
     coef = torch.ones(1, 3)
     first = OPS.compose(base, absent, coef)
     kept = first[1]
@@ -272,20 +378,47 @@ def test_offsets_beyond_32_bits() -> None:
     assert OPS.bank_coef_grad(wide, wide, *tables, 1, FLOAT32).tolist() == [[4.0, 9.0]]
 
 
+def test_offsets_of_packed_deltas_beyond_32_bits() -> None:
+    # Beyond 2**31 elements of deltas from the last tile on: 256 MiB as signs.
+    codec, num_vectors = CODECS["sign"], 2**11 + 16
+    assert isinstance(codec, Packed)
+    layout = Layout.from_shapes([(2**20,)], codec.alignment)
+    elements = num_vectors * layout.numel
+    scales = torch.zeros(codec.scales(elements), dtype=BFLOAT16)
+    scales[-1] = 3.0
+    deltas = torch.zeros(codec.items(elements), dtype=torch.int32), scales, codec.bits
+    tables = layout.tile_block, layout.tile_offset
+    expected = torch.zeros(layout.numel)
+    expected[-GROUP:] = -3.0
+    ones = torch.ones(num_vectors, 1)
+    composed = OPS.packed_compose(torch.zeros(layout.numel), *deltas, ones, *tables)
+    assert equal(composed, expected)
+    result = OPS.packed_coef_grad(
+        expected, *deltas, *tables, layout.block_tile, num_vectors, FLOAT32
+    )
+    assert result[-1] == 9.0 * GROUP
+    assert not result[:-1].any()
+
+
 def operator_arguments() -> dict[str, tuple[Any, ...]]:
     base, deltas = blocks(3, 2, 4)
     layout, arena, flat = bank(3, 2, [(70, 70), (), (0,), (5,)])
     coef = torch.randn(2, 4)
     tables = layout.tile_block, layout.tile_offset
+    units, wide, words, scales = packed_bank(3, PACKED[2], 2, [(70, 70), (), (0,), (5,)])
+    packed = words, scales, PACKED[2].bits
+    unit_tables = units.tile_block, units.tile_offset
     return {
         "compose": (base, deltas, coef),
         "coef_grad": (base, deltas, FLOAT32),
         "bank_compose": (arena, flat, coef, *tables),
         "bank_coef_grad": (arena, flat, *tables, layout.block_tile, 2, FLOAT32),
+        "packed_compose": (wide, *packed, coef, *unit_tables),
+        "packed_coef_grad": (wide, *packed, *unit_tables, units.block_tile, 2, FLOAT32),
     }
 
 
-@pytest.mark.parametrize("name", ["compose", "coef_grad", "bank_compose", "bank_coef_grad"])
+@pytest.mark.parametrize("name", list(SCHEMAS))
 def test_opcheck(name: str) -> None:
     cpp.register()
     torch.library.opcheck(getattr(OPS, name).default, operator_arguments()[name])
@@ -353,6 +486,32 @@ def test_tables_that_do_not_fit_are_refused() -> None:
         OPS.compose([torch.ones(2)], [torch.ones(2).double()], torch.ones(1, 1))
 
 
+def test_packed_arguments_that_do_not_fit_are_refused() -> None:
+    base, words, scales, bits, *rest = operator_arguments()["packed_compose"]
+
+    def compose(*changed: Any) -> None:
+        OPS.packed_compose(*changed, *rest)
+
+    with pytest.raises(RuntimeError, match="expected 1, 2, 3, 4 or 8 bits, got 5"):
+        compose(base, words, scales, 5)
+    with pytest.raises(RuntimeError, match="words in int32 and scales in bfloat16"):
+        compose(base, words.view(FLOAT32), scales, bits)
+    with pytest.raises(RuntimeError, match="words in int32 and scales in bfloat16"):
+        compose(base, words, scales.half(), bits)
+    with pytest.raises(RuntimeError, match="expected words of shape"):
+        compose(base, words[:-1], scales, bits)
+    with pytest.raises(RuntimeError, match="expected scales of shape"):
+        compose(base, words, scales[:-1], bits)
+    with pytest.raises(RuntimeError, match="must be contiguous"):
+        compose(base, torch.stack([words, words], 1)[:, 0], scales, bits)
+    grad, _, _, _, tile_block, tile_offset, block_tile, *last = operator_arguments()[
+        "packed_coef_grad"
+    ]
+    tile_offset[1] -= 16
+    with pytest.raises(RuntimeError, match="tile 0 has 4080"):
+        OPS.packed_coef_grad(grad, words, scales, bits, tile_block, tile_offset, block_tile, *last)
+
+
 def test_missing_binary(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(cpp, "_BINARY", tmp_path / "_cpp.abi3.so")
     reason = cpp.unavailable()
@@ -388,4 +547,4 @@ def test_kernels_under_sanitizers(capability: str, tmp_path: Path) -> None:
     subprocess.run([*compiler, *map(str, sources), "-o", str(binary)], check=True)
     result = subprocess.run([str(binary)], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert result.stdout == "1080 runs\n"
+    assert result.stdout == "1440 runs\n"

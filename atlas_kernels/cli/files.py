@@ -81,7 +81,7 @@ def _diff(arguments: argparse.Namespace) -> None:
         arguments.name or output.stem,
     )
     vector.save(output)
-    changed = sum(bool(delta.count_nonzero()) for delta in vector.deltas.values())
+    changed = sum(map(vector.changes, vector.deltas))
     print(
         f"{output}: task vector {vector.name!r}, {len(vector.deltas)} blocks, {changed} of them "
         f"changed, norm {vector.norm():.4g}"

@@ -42,6 +42,7 @@ from ..learn import (
     search,
     single_vector,
 )
+from ..low_rank import to_dense
 from ..memory import PeakMemory
 from .assets import load_model, load_task_vectors, task_vector_names, vector_path
 from .processes import run_jobs
@@ -472,7 +473,7 @@ def _noise_like(vector: TaskVector) -> TaskVector:
     deltas = {}
     for name, delta in vector.deltas.items():
         noise = torch.randn(delta.shape, generator=generator)
-        deltas[name] = noise * (delta.norm() / noise.norm())
+        deltas[name] = noise * (to_dense(delta).norm() / noise.norm())
     return TaskVector(deltas, base=vector.base, name=f"random-{vector.name}")
 
 

@@ -14,6 +14,8 @@ from torch.nn.functional import cross_entropy
 
 from .. import ComposedModel, TaskVector, TaskVectorBank
 from ..clip import ImageClassifier
+from ..codecs import codec_named
+from ..low_rank import to_dense
 from ..memory import PeakMemory
 
 
@@ -53,7 +55,7 @@ def step_cost(
     coef = composed.coef
     # As stored, so that both add the same numbers.
     deltas = [
-        [vector.deltas[block].to(_stored(bank)).float() for block in bank.blocks]
+        [to_dense(vector.deltas[block]).to(_stored(bank)).float() for block in bank.blocks]
         for vector in vectors
     ]
     base = list(bank.base.values())
@@ -87,7 +89,7 @@ def step_cost(
             step()
             seconds[name].append(time.perf_counter() - started)
     stored = {
-        "fused": sum(segment.deltas.nbytes for segment in bank.segments),
+        "fused": bank.nbytes - sum(segment.base.nbytes for segment in bank.segments),
         "loop": sum(delta.nbytes for vector in deltas for delta in vector),
     }
     return {
@@ -117,4 +119,4 @@ def _peak(step: Callable[[], Tensor]) -> int:
 
 
 def _stored(bank: TaskVectorBank) -> torch.dtype:
-    return bank.segments[0].deltas.dtype
+    return codec_named(bank.codec).dtype

@@ -34,10 +34,17 @@ struct Arguments {
     }
     for (int64_t k = 0; k < deltas.size(); ++k) {
       const View delta = view(deltas[k]);
-      STD_TORCH_CHECK(delta.numel == 0 || deltas[k].sizes().equals(sizes[k % num_blocks]),
+      const IntHeaderOnlyArrayRef shape = deltas[k].sizes();
+      STD_TORCH_CHECK(shape.equals(sizes[k % num_blocks]) || is_absent(shape),
                       "a delta must have the shape of its block");
       delta_views.push_back(delta);
     }
+  }
+
+  // The same as ABSENT in atlas_kernels/ops.py.
+  static bool is_absent(IntHeaderOnlyArrayRef shape) {
+    return shape.size() == 8 &&
+           std::all_of(shape.begin(), shape.end(), [](int64_t n) { return n == 0; });
   }
 
   static View view(TensorRef tensor) {

@@ -56,6 +56,30 @@ int main() {
       }
     }
   }
+  for (DType wide : dtypes) {
+    for (int64_t bits : {1, 2, 3, 4, 8}) {
+      for (int64_t length : {int64_t{0}, unit_of(bits), 5 * unit_of(bits), kTile}) {
+        for (int64_t num_rows : {0, 1, 21}) {
+          for (int64_t shift : {0, 4}) {
+            Bytes base(length * size_of(wide), shift), out(length * size_of(wide), shift);
+            Bytes words(num_rows * length * bits / 8, shift);
+            Bytes scales(num_rows * length / kGroup * 2, shift);
+            Bytes coef(4 * num_rows, 0), result(4 * num_rows, 0);
+            const PackedRows rows{reinterpret_cast<const uint32_t*>(words.data()),
+                                  reinterpret_cast<const uint16_t*>(scales.data()), bits, num_rows};
+            for (bool stream : {false, true}) {
+              kernels.packed_compose_tile(base.data(), out.data(), wide, rows,
+                                          reinterpret_cast<const float*>(coef.data()), length,
+                                          stream);
+            }
+            kernels.packed_dot_tile(base.data(), wide, rows, length,
+                                    reinterpret_cast<float*>(result.data()));
+            ++runs;
+          }
+        }
+      }
+    }
+  }
   kernels.fence();
   std::printf("%lld runs\n", static_cast<long long>(runs));
 }

@@ -1,0 +1,378 @@
+"""Low-rank deltas (LoRA): kept, combined and composed as factors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .backends import resolve
+from .checkpoints import FileFormatError
+from .codecs import Codec
+from .compose import _Batched
+from .layout import Layout
+from .segment import crc
+
+# Elements of a block that are in float32 at a time.
+_CHUNK = 1 << 22
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """A delta kept as two factors: ``delta = scale * up @ down``.
+
+    Attributes:
+        up: (out, r), LoRA's B.
+        down: (r, in), LoRA's A; or (r, *rest) for a block (out, *rest), such as a convolution's.
+        scale: LoRA's alpha / r.
+
+    Raises:
+        ValueError: shapes, dtypes or devices of the factors differ where they must not.
+
+    Example:
+        >>> import torch, atlas_kernels as ak
+        >>> delta = ak.LowRank(torch.ones(3, 1), torch.ones(1, 2), scale=0.5)
+        >>> delta.shape, delta.dense()[0, 0].item()
+        (torch.Size([3, 2]), 0.5)
+    """
+
+    up: Tensor
+    down: Tensor
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        up, down = self.up, self.down
+        if up.dim() != 2 or down.dim() < 2 or up.shape[1] != down.shape[0]:
+            raise ValueError(
+                f"factors of shapes {tuple(up.shape)} and {tuple(down.shape)} do not fit: expected "
+                "up (out, r) and down (r, in)"
+            )
+        if (up.dtype, up.device) != (down.dtype, down.device):
+            raise ValueError(
+                f"factors differ: up is {up.dtype} on {up.device}, down is {down.dtype} on "
+                f"{down.device}"
+            )
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the delta."""
+        return torch.Size((self.up.shape[0], *self.down.shape[1:]))
+
+    @property
+    def rank(self) -> int:
+        """r, of the factors: the product's may be less."""
+        return self.up.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the factors."""
+        return self.up.dtype
+
+    def dense(self) -> Tensor:
+        """The delta as a tensor, in float32."""
+        product = self.scale * self.up.float() @ self.down.flatten(1).float()
+        return product.view(self.shape)
+
+    def __neg__(self) -> LowRank:
+        return replace(self, scale=-self.scale)
+
+    def __mul__(self, factor: float) -> LowRank:
+        return replace(self, scale=self.scale * factor)
+
+    def __add__(self, other: LowRank) -> LowRank:
+        return LowRank(
+            torch.cat([delta.scale * delta.up.float() for delta in (self, other)], 1),
+            torch.cat([delta.down.float() for delta in (self, other)]),
+        )
+
+    def __sub__(self, other: LowRank) -> LowRank:
+        return self + (-other)
+
+    def dot(self, other: Delta) -> float:
+        """``<self, other>`` in float64; of two low-rank deltas through r x r products alone."""
+        up, down = self.up.double(), self.down.flatten(1).double()
+        if isinstance(other, LowRank):
+            scale = self.scale * other.scale
+            terms = (up.T @ other.up.double()) * (down @ other.down.flatten(1).double().T)
+        else:
+            scale = self.scale
+            terms = (up.T @ other.flatten(1).double()) * down
+        return scale * float(terms.sum())
+
+    def error(self, stored: LowRank) -> float:
+        """``|stored - self| / |self|`` for factors that were rounded, with the same scale."""
+        up, down = self.up.float(), self.down.float()
+        near_up, near_down = stored.up.to(up), stored.down.to(down)
+        # (up' - up) down' + up (down' - down): the products' own difference would be rounding.
+        difference = LowRank(
+            torch.cat([near_up - up, up], 1), torch.cat([near_down, near_down - down]), self.scale
+        )
+        squares = max(0.0, difference.dot(difference)), max(self.dot(self), 1e-300)
+        return math.sqrt(squares[0] / squares[1])
+
+    def is_finite(self) -> bool:
+        """Whether both factors are."""
+        return all(bool(torch.isfinite(factor).all()) for factor in (self.up, self.down))
+
+    def is_zero(self) -> bool:
+        """Whether a factor is zero: a product that merely cancels is not found out."""
+        return not (self.scale and self.up.count_nonzero() and self.down.count_nonzero())
+
+
+Delta = Tensor | LowRank
+
+
+def to_dense(delta: Delta) -> Tensor:
+    """The delta as a tensor; a low-rank one in float32."""
+    return delta.dense() if isinstance(delta, LowRank) else delta
+
+
+@dataclass(frozen=True)
+class Factors:
+    """One block's deltas of all task vectors, R ranks in total, side by side.
+
+    Attributes:
+        up: [out, R].
+        down: [R, in].
+        spread: float32 [N, R], a vector's scale at its own ranks and zero elsewhere.
+    """
+
+    up: Tensor
+    down: Tensor
+    spread: Tensor
+
+    def add(self, base: Tensor, coef: Tensor, total: Tensor) -> None:
+        """Writes ``base + sum_i coef[i] * delta_i`` into total, all [out, in], for coef (N,)."""
+        weights, down = coef @ self.spread, self.down.float()
+        for rows in _rows(base):
+            part = base[rows].to(torch.float32, copy=True)
+            total[rows] = part.addmm_(self.up[rows].float() * weights, down)
+
+    def dots(self, grad: Tensor) -> Tensor:
+        """``<grad, delta_i>`` (N,) for grad [out, in]."""
+        down = self.down.float()
+        sums = grad.new_zeros(down.shape[0], dtype=torch.float32)
+        for rows in _rows(grad):
+            sums += ((grad[rows].float() @ down.T) * self.up[rows].float()).sum(0)
+        return self.spread @ sums
+
+
+def factor_views(
+    factors: Tensor, shapes: Sequence[Sequence[int]], ranks: Sequence[Sequence[int]]
+) -> list[tuple[Tensor, Tensor]]:
+    """Every block's ``up`` [out, R] and ``down`` [R, in], one after the other in a flat tensor."""
+    sizes = [
+        sum(its) * size
+        for shape, its in zip(shapes, ranks, strict=True)
+        for size in (shape[0], prod(shape[1:]))
+    ]
+    parts = iter(factors.split(sizes))
+    return [
+        (next(parts).view(shape[0], sum(its)), next(parts).view(sum(its), prod(shape[1:])))
+        for shape, its in zip(shapes, ranks, strict=True)
+    ]
+
+
+def num_factor_elements(shapes: Sequence[Sequence[int]], ranks: Sequence[Sequence[int]]) -> int:
+    """Elements of the flat tensor that `factor_views` cuts."""
+    return sum(
+        sum(its) * (shape[0] + prod(shape[1:])) for shape, its in zip(shapes, ranks, strict=True)
+    )
+
+
+@dataclass(frozen=True)
+class LowRankSegment:
+    """The blocks of one base dtype whose deltas are low-rank; otherwise like a `Segment`.
+
+    Composed as ``base + [c_1 s_1 up_1, ..., c_N s_N up_N] @ [down_1; ...; down_N]``, by PyTorch's
+    matrix product in float32: no delta is ever formed.
+
+    Attributes (B' blocks, N task vectors, P elements):
+        columns: the blocks' places in the bank's order.
+        index: the same as int64 [B'] on the device.
+        layout: where a block's elements lie in the base; no padding.
+        codec: how factors are stored: as floating point.
+        ranks: of every block the rank in each task vector, 0 where it has no such block.
+        scales: likewise.
+        base: [P].
+        factors: flat, in the order of `factor_views`.
+        parts: the same, cut into blocks.
+    """
+
+    columns: tuple[int, ...]
+    index: Tensor
+    layout: Layout
+    codec: Codec
+    ranks: tuple[tuple[int, ...], ...]
+    scales: tuple[tuple[float, ...], ...]
+    base: Tensor
+    factors: Tensor
+    parts: tuple[Factors, ...]
+
+    @classmethod
+    def of(
+        cls,
+        columns: Sequence[int],
+        shapes: Sequence[Sequence[int]],
+        codec: Codec,
+        ranks: Sequence[Sequence[int]],
+        scales: Sequence[Sequence[float]],
+        base: Tensor,
+        factors: Tensor,
+    ) -> LowRankSegment:
+        """A segment of these tensors.
+
+        Raises:
+            ValueError: they do not fit the shapes, the codec and the ranks.
+        """
+        layout = Layout.from_shapes(shapes, alignment=1).to(base.device)
+        for what, tensor, count, dtype in (
+            ("the base", base, layout.numel, base.dtype),
+            ("the factors", factors, num_factor_elements(shapes, ranks), codec.dtype),
+        ):
+            if (tensor.numel(), tensor.dtype) != (count, dtype):
+                raise ValueError(
+                    f"{what} of low-rank blocks are {(tensor.numel(), tensor.dtype)} (items, "
+                    f"dtype), expected {(count, dtype)}"
+                )
+        spreads = (
+            torch.block_diag(*(torch.full((1, r), s) for r, s in zip(*its, strict=True)))
+            for its in zip(ranks, scales, strict=True)
+        )
+        views = factor_views(factors, shapes, ranks)
+        return cls(
+            tuple(columns),
+            torch.tensor(columns, dtype=torch.int64, device=base.device),
+            layout,
+            codec,
+            tuple(map(tuple, ranks)),
+            tuple(map(tuple, scales)),
+            base,
+            factors,
+            tuple(
+                Factors(up, down, spread.to(base.device))
+                for (up, down), spread in zip(views, spreads, strict=True)
+            ),
+        )
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """All that is stored, by name."""
+        return {"base": self.base, "factors": self.factors}
+
+    @property
+    def bits(self) -> float:
+        """Stored bits of one task vector's blocks, on average."""
+        return 8.0 * self.factors.nbytes / max(1, *map(len, self.ranks))
+
+    def compose(self, coef: Tensor, backend: str = "auto") -> Tensor:
+        """The composed arena [P] for coef (N, B') or (N,); differentiable (twice) in coef.
+
+        The products are PyTorch's own, whatever the backend, which only has to exist.
+        """
+        resolve(backend, self.base.device.type, False)
+        coef = coef.to(torch.float32)
+        coef = coef if coef.dim() == 2 else coef.unsqueeze(1).expand(-1, len(self.columns))
+        composed: Tensor = _Compose.apply(self, coef, self.base)
+        return composed
+
+    def coef_grad(self, grad: Tensor, backend: str = "auto") -> Tensor:
+        """<grad, delta_i> over each block (N, B') for grad [P]; differentiable in it."""
+        resolve(backend, self.base.device.type, False)
+        result: Tensor = _CoefGrad.apply(self, grad)
+        return result
+
+    def blocks(self) -> list[LowRankSegment]:
+        """Every block as a segment of its own."""
+        sizes = [part.up.numel() + part.down.numel() for part in self.parts]
+        bases = self.layout.split(self.base)
+        return [
+            LowRankSegment.of(
+                self.columns[k : k + 1],
+                self.layout.shapes[k : k + 1],
+                self.codec,
+                self.ranks[k : k + 1],
+                self.scales[k : k + 1],
+                bases[k].flatten(),
+                factors,
+            )
+            for k, factors in enumerate(self.factors.split(sizes))
+        ]
+
+    def checksums(self) -> Tensor:
+        """int64 [1]: CRC-32 of the factors."""
+        return torch.tensor([crc(self.factors)], dtype=torch.int64)
+
+    def verify(self, expected: Tensor) -> None:
+        """Raises FileFormatError unless `checksums` are as expected."""
+        if not torch.equal(self.checksums(), expected):
+            raise FileFormatError("a checksum of the factors fails: the file is damaged")
+
+    def composed(self, coef: Tensor, base: Tensor) -> Tensor:
+        """What `compose` differentiates, on any base [P]."""
+        total = torch.empty_like(base)
+        # Autocast would round the coefficients and the factors.
+        with torch.autocast(base.device.type, enabled=False):
+            for k, (part, source, target) in enumerate(
+                zip(self.parts, self._matrices(base), self._matrices(total), strict=True)
+            ):
+                part.add(source, coef[:, k], target)
+        return total
+
+    def dots(self, grad: Tensor) -> Tensor:
+        """What `coef_grad` differentiates."""
+        with torch.autocast(grad.device.type, enabled=False):
+            columns = [
+                part.dots(block)
+                for part, block in zip(self.parts, self._matrices(grad), strict=True)
+            ]
+        return torch.stack(columns, 1)
+
+    def _matrices(self, flat: Tensor) -> list[Tensor]:
+        return [block.flatten(1) for block in self.layout.split(flat)]
+
+
+class _Compose(_Batched):
+    """(segment, coef [N, B'], base [P]) -> composed [P]."""
+
+    @staticmethod
+    def forward(segment: LowRankSegment, coef: Tensor, base: Tensor) -> Tensor:
+        return segment.composed(coef, base)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.segment, *_ = inputs
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        coef_grad = _CoefGrad.apply(ctx.segment, grad) if ctx.needs_input_grad[1] else None
+        return None, coef_grad, grad if ctx.needs_input_grad[2] else None
+
+
+class _CoefGrad(_Batched):
+    """(segment, grad [P]) -> <grad, delta_i> [N, B']."""
+
+    @staticmethod
+    def forward(segment: LowRankSegment, grad: Tensor) -> Tensor:
+        return segment.dots(grad)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.segment, grad = inputs
+        ctx.numel, ctx.dtype = grad.numel(), grad.dtype
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        zeros = grad.new_zeros(ctx.numel, dtype=ctx.dtype)
+        return None, _Compose.apply(ctx.segment, grad, zeros)
+
+
+def _rows(matrix: Tensor) -> Iterator[slice]:
+    step = max(1, _CHUNK // max(1, matrix.shape[1]))
+    for first in range(0, matrix.shape[0], step):
+        yield slice(first, first + step)

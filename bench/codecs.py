@@ -1,0 +1,151 @@
+"""Measures composition with every codec of the deltas, on the CPU.
+
+    python -m bench.codecs [--vectors 21] [--threads 2] [--repeats 9] [--out FILE]
+
+Every codec is verified on the first blocks before it is timed on all of ViT-B/32, and all are timed
+in turn, together with a large sum and a large copy. FILE receives one JSON line per codec.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from atlas_kernels.codecs import CODECS, Codec, Packed
+from atlas_kernels.layout import Layout
+from atlas_kernels.segment import Segment
+
+from .cases import Case, vit_b_32
+from .measure import bandwidth_probes, interleaved, machine
+
+Row = dict[str, Any]
+NAMES = ("bf16", "int8", "int4", "int3", "int2", "sign")
+DIRECTIONS = ("forward", "backward")
+# Of 152. The reference is slow; the rest differs in nothing but its shapes.
+VERIFIED_BLOCKS = 12
+
+
+def main() -> None:
+    """Runs the measurements and prints a table."""
+    parser = argparse.ArgumentParser(prog="python -m bench.codecs", description=__doc__)
+    parser.add_argument("--vectors", type=int, default=21, metavar="N")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--out", type=Path, help="a file for JSON lines")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    console = Console(width=None if Console().is_terminal else 120)
+    device = machine()
+    console.print({key: value for key, value in device.items() if key != "backends"})
+    rows = list(throughput(vit_b_32(args.vectors), args.repeats))
+    console.print(table(rows))
+    if args.out:
+        args.out.write_text("".join(json.dumps(row | device) + "\n" for row in rows))
+
+
+def throughput(case: Case, repeats: int) -> Iterator[Row]:
+    """Verified, interleaved times of both directions with every codec."""
+    functions: dict[str, Callable[[], Any]] = {}
+    for name in NAMES:
+        _verify(_segment(CODECS[name], case.shapes[:VERIFIED_BLOCKS], case.num_vectors))
+        segment = _segment(CODECS[name], case.shapes, case.num_vectors)
+        for direction, function in zip(DIRECTIONS, _functions(segment, "cpp"), strict=True):
+            functions[f"{name} / {direction}"] = function
+    probes, probe_bytes = bandwidth_probes()
+    seconds = interleaved({**probes, **functions}, repeats)
+    bandwidth = max(probe_bytes[probe] / seconds[probe].median for probe in probes)
+
+    def both(name: str) -> float:
+        return sum(seconds[f"{name} / {direction}"].median for direction in DIRECTIONS)
+
+    for name in NAMES:
+        row: Row = {
+            "case": case.name,
+            "parameters": case.numel,
+            "vectors": case.num_vectors,
+            "codec": name,
+            "bandwidth": bandwidth,
+            "speedup_over_bf16": both("bf16") / both(name),
+        }
+        for direction in DIRECTIONS:
+            measured = seconds[f"{name} / {direction}"]
+            # The base and the output, or the gradient, in float32.
+            wide = 8 if direction == "forward" else 4
+            deltas = case.num_vectors * CODECS[name].bits_per_weight / 8
+            moved = case.numel * (wide + deltas)
+            row[direction] = {
+                "seconds_q20": measured.low,
+                "seconds": measured.median,
+                "seconds_q80": measured.high,
+                "bytes": moved,
+                "fraction_of_bandwidth": moved / measured.median / bandwidth,
+            }
+        yield row
+
+
+def _segment(codec: Codec, shapes: Sequence[Sequence[int]], num_vectors: int) -> Segment:
+    """A segment of random stored deltas: what they are worth does not matter to the kernels."""
+    numel = Layout.from_shapes(shapes, codec.alignment).numel
+    items, scales = codec.items(num_vectors * numel), codec.scales(num_vectors * numel)
+    if isinstance(codec, Packed):
+        deltas = torch.randint(-(2**31), 2**31, (items,), dtype=torch.int32)
+        sizes = torch.rand(scales).mul_(0.01).bfloat16()
+    else:
+        deltas, sizes = torch.empty(items, dtype=codec.dtype).normal_(0, 0.1), None
+    columns, base = range(len(shapes)), torch.randn(numel)
+    return Segment.of(columns, shapes, codec, num_vectors, base, deltas, sizes)
+
+
+def _functions(segment: Segment, backend: str) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    coef = torch.randn(segment.num_vectors, len(segment.columns), generator=generator)
+    return (
+        lambda: segment.compose(coef, backend),
+        lambda: segment.coef_grad(segment.base, backend),
+    )
+
+
+def _verify(segment: Segment) -> None:
+    ours, reference = _functions(segment, "cpp"), _functions(segment, "torch")
+    for direction, function, expected in zip(DIRECTIONS, ours, reference, strict=True):
+        wanted = expected()
+        error = (function() - wanted).abs().max()
+        if not error <= 1e-4 * wanted.abs().max():
+            raise SystemExit(
+                f"{segment.codec.name} / {direction} is wrong by {error:.3g}: nothing is measured"
+            )
+
+
+def table(rows: Sequence[Row]) -> Table:
+    """Times, shares of the machine's bandwidth and speed-ups."""
+    first = rows[0]
+    title = f"{first['case']}, N = {first['vectors']}"
+    result = Table(
+        title=f"{title}; sum or copy: {first['bandwidth'] / 1e9:.1f} GB/s", title_justify="left"
+    )
+    result.add_column("codec")
+    for direction in DIRECTIONS:
+        for heading in (f"{direction} ms", "q20 - q80", "of bandwidth"):
+            result.add_column(heading, justify="right")
+    result.add_column("x bf16, both", justify="right")
+    for row in rows:
+        cells = [row["codec"]]
+        for direction in DIRECTIONS:
+            entry = row[direction]
+            cells.append(f"{entry['seconds'] * 1e3:.0f}")
+            cells.append(f"{entry['seconds_q20'] * 1e3:.0f} - {entry['seconds_q80'] * 1e3:.0f}")
+            cells.append(f"{entry['fraction_of_bandwidth']:.2f}")
+        result.add_row(*cells, f"{row['speedup_over_bf16']:.2f}")
+    return result
+
+
+if __name__ == "__main__":
+    main()
