@@ -150,8 +150,10 @@ def figure(rows: list[dict[str, Any]], shots: int) -> Figure:
         axes.annotate(
             row["codec"],
             (row["bits"], 100 * row["mean"]),
-            xytext=(6, -12),
+            # The budgets above their points, where those of the codecs are near.
+            xytext=(0, 12 if row["codec"].startswith("auto") else -18),
             textcoords="offset points",
+            ha="center",
             fontsize=8.5,
         )
     axes.axhline(100 * rows[0]["zero_shot"], color=plots.GREY, linestyle="--")
@@ -167,7 +169,7 @@ def figure(rows: list[dict[str, Any]], shots: int) -> Figure:
     axes.set_xticks([1, 2, 4, 8, 16], ["1", "2", "4", "8", "16"])
     axes.set_xlabel("bits per weight and task vector, scales included")
     axes.set_ylabel("mean test accuracy, %")
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(100 * rows[0]["zero_shot"] - 5, 100 * max(row["mean"] for row in rows) + 5)
     axes.spines[["top", "right"]].set_visible(False)
     made.suptitle(
         f"Few-shot aTLAS (k = {shots}) on packed task vectors", x=0.01, ha="left", fontweight="bold"

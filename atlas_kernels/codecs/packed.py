@@ -63,15 +63,19 @@ class Packed:
 
     def encode(self, row: Tensor) -> tuple[Tensor, Tensor]:
         """Words int32 and scales bfloat16 of a row [n], n a multiple of `alignment`."""
-        groups = row.float().view(-1, GROUP)
-        scales = _scales(groups, self.bits)
-        codes = _codes(groups, scales.float(), self.bits)
+        codes, scales = quantize(row.float().view(-1, GROUP), self.bits)
         return _pack(codes.view(-1), self.bits), scales.view(-1)
 
     def decode(self, words: Tensor, scales: Tensor | None) -> Tensor:
         """The row [n] in float32, exact."""
         assert scales is not None
         return levels(words, self.bits) * scales.float().repeat_interleave(GROUP, -1)
+
+
+def quantize(groups: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Codes int64 and scales bfloat16 [g, 1] of groups [g, size] in float32."""
+    scales = _scales(groups, bits)
+    return _codes(groups, scales.float(), bits), scales
 
 
 def levels(words: Tensor, bits: int) -> Tensor:
