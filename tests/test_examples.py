@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 
-MODULES = ("backends", "bank", "compose", "composed", "learn.few_shot", "task_vector")
+MODULES = (
+    "backends", "bank", "compose", "composed", "learn.few_shot", "low_rank", "memory", "plan",
+    "task_vector",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -22,7 +25,7 @@ def test_docstrings(name: str) -> None:
 def test_readme() -> None:
     text = (Path(__file__).parents[1] / "README.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     scope: dict[str, object] = {}
     for block in blocks:
         exec(compile(block, "README.md", "exec"), scope)

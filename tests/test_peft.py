@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import atlas_kernels as ak
 from atlas_kernels.checkpoints import FileFormatError
+from atlas_kernels.cli import main
 
 PREFIX = "base_model.model."
 CONFIG = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "bias": "none", "init_lora_weights": True}
@@ -250,3 +251,20 @@ def test_missing_and_damaged_files(tmp_path: Path) -> None:
     (folder / "adapter_config.json").write_text("[]")
     with pytest.raises(FileFormatError, match="expected a JSON object"):
         ak.TaskVector.from_peft(folder)
+
+
+def test_the_command_line_packs_a_folder(tmp_path: Path) -> None:
+    tensors = pair("layer", 6, 4)
+    folder = write(tmp_path / "cars", tensors)
+    torch.save({"layer.weight": torch.zeros(6, 4)}, tmp_path / "base.pt")
+    bank = tmp_path / "bank.safetensors"
+    picture = tmp_path / "bank.png"
+    packing = ["bank", str(tmp_path / "base.pt"), str(folder), "-o", str(bank), "--codec", "fp32"]
+    assert main(packing) == 0
+    assert main(["inspect", str(bank), "--picture", str(picture)]) == 0
+    assert picture.stat().st_size > 10_000
+    composed = ak.TaskVectorBank.load(bank).compose(torch.ones(1))["layer.weight"]
+    down, up = (factor.double() for factor in factors(tensors, "layer"))
+    # Four products and their sums, each rounding by half a unit of at most their magnitude.
+    bound = 4 * 2**-23 * 2 * (up.abs() @ down.abs())
+    assert bool(((composed - 2 * up @ down).abs() <= bound).all())

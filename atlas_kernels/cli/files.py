@@ -30,7 +30,9 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
 
     bank = command("bank", _bank, "pack a base and its task vectors into a bank")
     bank.add_argument("base", metavar="BASE", type=Path, help=f"the pre-trained {_CHECKPOINT}")
-    bank.add_argument("vectors", metavar="VECTOR", type=Path, nargs="+", help="made by diff")
+    bank.add_argument(
+        "vectors", metavar="VECTOR", type=Path, nargs="+", help="made by diff, or a PEFT folder"
+    )
     bank.add_argument(
         "--codec",
         default="bf16",
@@ -97,7 +99,10 @@ def _bank(arguments: argparse.Namespace) -> None:
     bank = TaskVectorBank.pack(
         output,
         read_state_dict(arguments.base),
-        [TaskVector.load(path) for path in arguments.vectors],
+        [
+            TaskVector.from_peft(path) if path.is_dir() else TaskVector.load(path)
+            for path in arguments.vectors
+        ],
         codec=arguments.codec,
         include=arguments.include,
         exclude=arguments.exclude,

@@ -122,6 +122,10 @@ def _model(arguments: argparse.Namespace) -> tuple[dict[str, Tensor] | nn.Module
         its_kind, _, deltas = describe(path)
         if its_kind != "task_vector":
             raise ValueError(f"{path}: expected a task vector, made by atlas-kernels diff")
+        if any(name.startswith("factor.") for name in deltas):
+            raise ValueError(
+                f"{path}: a low-rank task vector; plan predicts dense and packed deltas only"
+            )
         for name, (_, shape) in deltas.items():
             block = name.removeprefix("delta.")
             if not name.startswith("delta."):
