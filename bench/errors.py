@@ -45,8 +45,8 @@ def error(deltas: list[Tensor], bits: int, size: int | None) -> float:
     wrong, total = 0.0, 0.0
     for delta in deltas:
         groups = pad(delta, (0, -delta.numel() % (size or 1))).view(-1, size or delta.numel())
-        codes, scales = quantize(groups, bits)
-        decoded = (2 * codes + 1 - 2**bits) * scales.float()
+        levels, scales = quantize(groups, bits)
+        decoded = levels * scales.float()
         difference = (decoded - groups).flatten()[: delta.numel()]
         wrong += float(difference.double().square().sum())
         total += float(delta.double().square().sum())

@@ -212,14 +212,14 @@ def status(key: str) -> int:
 
 
 def _count_reads(model: ak.ComposedModel, total: list[int]) -> None:
-    source = model._stream._source  # type: ignore[union-attr]
+    source: Any = model._installed()._blocks._padded._source  # type: ignore[attr-defined]
     read = source.read
 
     def counted(name: str, offset: int, target: Tensor) -> None:
         read(name, offset, target)
         total[0] += target.numel()
 
-    source.read = counted  # type: ignore[method-assign]
+    source.read = counted
 
 
 if __name__ == "__main__":

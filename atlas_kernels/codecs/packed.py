@@ -24,6 +24,9 @@ from torch import Tensor
 GROUP = 128
 WORDS = 16
 
+# Elements encoded together: what is computed on the way stays in a cache.
+_PART = 1 << 17
+
 # Fractions of a group's largest magnitude that the outermost level is tried at. Measured on
 # fine-tuned CLIP: finer steps lower no codec's error by one percent.
 _CLIPS = {8: (1.0,), 4: (1.0, 0.9, 0.8, 0.7), 3: (1.0, 0.85, 0.7, 0.55), 2: (0.85, 0.65, 0.5)}
@@ -63,7 +66,15 @@ class Packed:
 
     def encode(self, row: Tensor) -> tuple[Tensor, Tensor]:
         """Words int32 and scales bfloat16 of a row [n], n a multiple of `alignment`."""
-        codes, scales = quantize(row.float().view(-1, GROUP), self.bits)
+        parts = [self._encode(part.view(-1, GROUP)) for part in row.float().split(_PART)]
+        if not parts:
+            return row.new_empty(0, dtype=torch.int32), row.new_empty(0, dtype=torch.bfloat16)
+        words, scales = zip(*parts, strict=True)
+        return torch.cat(words), torch.cat(scales)
+
+    def _encode(self, groups: Tensor) -> tuple[Tensor, Tensor]:
+        grid, scales = quantize(groups, self.bits)
+        codes = ((grid + (2**self.bits - 1)) / 2).to(torch.int32)
         return _pack(codes.view(-1), self.bits), scales.view(-1)
 
     def decode(self, words: Tensor, scales: Tensor | None) -> Tensor:
@@ -73,9 +84,9 @@ class Packed:
 
 
 def quantize(groups: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Codes int64 and scales bfloat16 [g, 1] of groups [g, size] in float32."""
+    """Levels float32 [g, size] and scales bfloat16 [g, 1] of groups [g, size] in float32."""
     scales = _scales(groups, bits)
-    return _codes(groups, scales.float(), bits), scales
+    return _nearest(groups, scales.float(), bits), scales
 
 
 def levels(words: Tensor, bits: int) -> Tensor:
@@ -97,21 +108,21 @@ def _fields(words: Tensor, bits: int) -> Tensor:
 
 
 def _pack(codes: Tensor, bits: int) -> Tensor:
-    """Words int32 [n * bits / 32] of codes [n]."""
+    """Words int32 [n * bits / 32] of codes int32 [n]."""
     if bits == 3:
         low = _pack(codes & 3, 2).view(-1, 2 * WORDS)
         return torch.cat([low, _pack(codes >> 2, 1).view(-1, WORDS)], 1).view(-1)
-    shifts = torch.arange(0, 32, bits, device=codes.device).unsqueeze(1)
+    shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=codes.device).unsqueeze(1)
     # Fields do not overlap, so that a sum joins them.
-    return (codes.view(-1, 32 // bits, WORDS) << shifts).sum(1).to(torch.int32).view(-1)
+    return (codes.view(-1, 32 // bits, WORDS) << shifts).sum(1, dtype=torch.int32).view(-1)
 
 
-def _codes(groups: Tensor, scales: Tensor, bits: int) -> Tensor:
-    """The codes int64 [g, GROUP] nearest to groups [g, GROUP] for scales [g, 1]."""
-    # A scale of zero serves a group of zeros: any code will do.
-    steps = torch.where(scales > 0, 2 * scales, 1.0)
-    cells: Tensor = (groups / steps).floor_() + 2 ** (bits - 1)
-    return cells.clamp_(0, 2**bits - 1).long()
+def _nearest(groups: Tensor, scales: Tensor, bits: int) -> Tensor:
+    """The levels ``2 * u + 1 - 2**bits`` nearest to groups [g, size] for scales [g, 1]."""
+    # A scale of zero serves a group of zeros: any level will do.
+    cells = groups / torch.where(scales > 0, 2 * scales, 1.0)
+    half = 2 ** (bits - 1)
+    return cells.floor_().clamp_(-half, half - 1).mul_(2).add_(1)
 
 
 def _scales(groups: Tensor, bits: int) -> Tensor:
@@ -121,17 +132,17 @@ def _scales(groups: Tensor, bits: int) -> Tensor:
         # The mean is the minimum: d/ds sum (|x| - s)^2 = 0.
         return magnitudes.mean(1, keepdim=True).bfloat16()
     outermost: Tensor = magnitudes.amax(1, keepdim=True) / (2**bits - 1)
+    if len(_CLIPS[bits]) == 1:
+        return outermost.bfloat16()
     best, least = outermost.bfloat16(), torch.full_like(outermost, torch.inf)
     for clip in _CLIPS[bits]:
-        candidate = outermost * clip
-        if len(_CLIPS[bits]) > 1:
-            # The codes fixed, the best scale is the projection of the group on them.
-            grid = 2 * _codes(groups, candidate, bits) + (1 - 2**bits)
-            candidate = (groups * grid).sum(1, keepdim=True) / grid.square().sum(1, keepdim=True)
-        candidate = candidate.bfloat16()
+        # The levels fixed, the best scale is the projection of the group on them.
+        grid = _nearest(groups, outermost * clip, bits)
+        projected = (groups * grid).sum(1, keepdim=True) / grid.square().sum(1, keepdim=True)
+        candidate = projected.bfloat16()
         wide = candidate.float()
-        decoded = wide * (2 * _codes(groups, wide, bits) + (1 - 2**bits))
-        error = (groups - decoded).square().sum(1, keepdim=True)
+        decoded = _nearest(groups, wide, bits).mul_(wide)
+        error = decoded.sub_(groups).square_().sum(1, keepdim=True)
         better = error < least
         best, least = torch.where(better, candidate, best), torch.where(better, error, least)
     return best
