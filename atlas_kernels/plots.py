@@ -119,6 +119,34 @@ def accuracy_figure(
     return figure
 
 
+def history_figure(
+    losses: Sequence[float], scores: Sequence[float], best: int, *, title: str
+) -> Figure:
+    """Training loss of epochs 1 to E on the left; accuracy of the start and of every epoch.
+
+    Args:
+        losses: E of them.
+        scores: E + 1 shares of 1, the start first, drawn in per cent.
+        best: the index of the score that is kept.
+        title: above both.
+    """
+    figure = new_figure(_WIDTH, 3.6)
+    left, right = figure.subplots(1, 2)
+    left.plot(range(1, len(scores)), losses, color=ORANGE, marker="o", markersize=4)
+    right.plot(range(len(scores)), [100 * y for y in scores], color=BLUE, marker="o", markersize=4)
+    right.axhline(100 * scores[0], color=GREY, linestyle=":", label="zero-shot")
+    right.plot(best, 100 * scores[best], "o", color=RED, markersize=9, label="kept")
+    right.legend(frameon=False, fontsize=8.5)
+    for axes, name in ((left, "mean training loss"), (right, "validation accuracy, %")):
+        axes.set_title(name, loc="left", fontsize=9.5)
+        axes.set_xlabel("epoch")
+        axes.set_xlim(-0.5, len(scores) - 0.5)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        _plain(axes, "y")
+    figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold")
+    return figure
+
+
 def coefficient_figure(
     coef: Array, vectors: Sequence[str], blocks: Sequence[str], *, title: str
 ) -> Figure:

@@ -119,6 +119,8 @@ def one_step(path: Path, mode: str, args: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(0)
     module = encoder()
     images = torch.randn(args.batch, 3, 224, 224)
+    activations = activation_bytes(module, [images])
+    base_tensors = {name: tensor.to("meta") for name, tensor in module.state_dict().items()}
     resident = status("VmRSS")
     bank = ak.TaskVectorBank.load(path)
     model = ak.ComposedModel(module, bank, memory=mode)  # type: ignore[arg-type]
@@ -141,11 +143,11 @@ def one_step(path: Path, mode: str, args: argparse.Namespace) -> dict[str, Any]:
             step()
         seconds = time.perf_counter() - started
     its = ak.plan(
-        module,
+        base_tensors,
         len(bank.names),
         codec=bank.codec,
         memory=mode,  # type: ignore[arg-type]
-        activations=activation_bytes(module, [images]),
+        activations=activations,
     )
     deltas = sum(
         s.deltas.nbytes + (0 if s.scales is None else s.scales.nbytes) for s in bank.segments

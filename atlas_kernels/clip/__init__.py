@@ -3,6 +3,7 @@
 from .model import (
     ImageClassifier,
     build_embedded_model,
+    build_model,
     embedded_model_config,
     image_encoder,
     load_embedded_model,
@@ -14,6 +15,7 @@ from .model import (
 __all__ = [
     "ImageClassifier",
     "build_embedded_model",
+    "build_model",
     "embedded_model_config",
     "image_encoder",
     "load_embedded_model",

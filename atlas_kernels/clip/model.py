@@ -71,6 +71,23 @@ def build_embedded_model(vocab_size: int | None = None) -> nn.Module:
     return cast(nn.Module, open_clip.CLIP(**config))
 
 
+def build_model(architecture: str) -> nn.Module:
+    """An open_clip ``CLIP`` of a named architecture, randomly initialised, in training mode.
+
+    Raises:
+        ImportError: open_clip is not installed.
+        ValueError: it knows no such architecture, or its text tower is not CLIP's own.
+    """
+    config = _config(architecture)
+    text = config["text_cfg"]
+    if config.get("custom_text") or "hf_model_name" in text or "hf_tokenizer_name" in text:
+        raise ValueError(
+            f"{architecture} reads text by another tower or tokenizer than CLIP's: "
+            "choose an architecture such as ViT-B-32"
+        )
+    return _built(config)
+
+
 def image_encoder(architecture: str) -> nn.Module:
     """The image encoder of an open_clip architecture ("ViT-B-32", ...), randomly initialised.
 
@@ -78,6 +95,10 @@ def image_encoder(architecture: str) -> nn.Module:
         ImportError: open_clip is not installed.
         ValueError: it knows no such architecture.
     """
+    return _built(_config(architecture)).get_submodule("visual")
+
+
+def _config(architecture: str) -> dict[str, Any]:
     open_clip = _open_clip()
     config = open_clip.get_model_config(architecture)
     if config is None or "text_cfg" not in config:
@@ -86,8 +107,12 @@ def image_encoder(architecture: str) -> nn.Module:
             f"open_clip has no architecture {architecture!r}"
             + (f": did you mean {' or '.join(close)}?" if close else "")
         )
-    config = {key: value for key, value in config.items() if key in _CLIP_ARGUMENTS}
-    return cast(nn.Module, open_clip.CLIP(**config).visual)
+    return cast(dict[str, Any], config)
+
+
+def _built(config: Mapping[str, Any]) -> nn.Module:
+    arguments = {key: value for key, value in config.items() if key in _CLIP_ARGUMENTS}
+    return cast(nn.Module, _open_clip().CLIP(**arguments))
 
 
 def tokenizer_for(model: nn.Module) -> Tokenizer:

@@ -216,7 +216,7 @@ class Results:
         contents = {
             "format": _FORMAT,
             "settings": self.settings,
-            "versions": _versions(),
+            "versions": versions(),
             "processes": self.processes,
             "summary": summarize(self.records, grid["shots"], grid["methods"]),
             "step_cost": self.step_cost,
@@ -565,7 +565,8 @@ def _scores(
     return scores
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of the packages that results depend on."""
     packages = ("torch", "open_clip_torch", "numpy", "safetensors")
     return {
         "atlas_kernels": _package_version(),

@@ -114,7 +114,7 @@ def learn(
         objective: (model, batch) to a scalar loss.
         batches: the training data.
         recipe: learning rate, epochs and so on.
-        evaluate: the validation score of the model, higher is better.
+        evaluate: the validation score of the model, higher is better; -inf ends the run.
         resume: a file that is written after every epoch; if it exists, its run goes on, and ends
             with the same bits as one that was never interrupted.
         progress: shows a progress bar on standard error.
@@ -141,7 +141,7 @@ def learn(
         disable=not progress,
         leave=False,
     ) as bar:
-        while run.epoch < recipe.epochs:
+        while run.epoch < recipe.epochs and run.history[-1]["score"] > -math.inf:
             started = time.perf_counter()
             loss = _train_epoch(model, objective, batches, optimizer, recipe, run.epoch, bar)
             score = _score(model, evaluate)
