@@ -306,3 +306,14 @@ def test_no_epoch_beats_a_perfect_start(tmp_path, monkeypatch, capsys) -> None:
 def test_help(capsys, arguments) -> None:
     assert cli.main([*arguments, "--help"]) == 0
     assert "few-shot" in capsys.readouterr().out
+
+
+def test_history_figure_shows_the_numbers() -> None:
+    from atlas_kernels.plots import history_figure
+
+    left, right = history_figure([2.0, 1.5], [0.25, 0.5, 0.375], 1, title="T").axes
+    assert left.lines[0].get_xydata().tolist() == [[1, 2.0], [2, 1.5]]
+    curve, start, kept = right.lines
+    assert curve.get_xydata().tolist() == [[0, 25.0], [1, 50.0], [2, 37.5]]
+    assert start.get_ydata() == [25.0, 25.0]
+    assert kept.get_xydata().tolist() == [[1, 50.0]]
