@@ -1,5 +1,6 @@
 """Images: the embedded tasks of the demo, preprocessing and augmentation."""
 
+from .images import Images, LabelledImages
 from .tasks import (
     SHIFTS,
     Split,
@@ -14,6 +15,8 @@ from .tasks import (
 
 __all__ = [
     "SHIFTS",
+    "Images",
+    "LabelledImages",
     "Split",
     "Task",
     "augment",
