@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +28,7 @@ from atlas_kernels.learn import (
     search,
     single_vector,
 )
-from atlas_kernels.learn.trainer import cosine, scale_gradients
+from atlas_kernels.learn.trainer import cosine, rate_factor, scale_gradients
 
 
 @dataclass
@@ -290,8 +292,41 @@ def test_constant_schedule_keeps_the_rate() -> None:
     assert learned.parameters["values"].item() == pytest.approx(0.99**10, rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("schedule", "factors"),
+    [
+        # Two of four steps, then the whole cosine in what is left: cos(0), cos(pi / 2).
+        ("cosine", [0.5, 1.0, 1.0, 0.5]),
+        ("constant", [0.5, 1.0, 1.0, 1.0]),
+    ],
+)
+def test_warmup_precedes_the_schedule(schedule: Any, factors: list[float]) -> None:
+    """What weight decay leaves of a coefficient without gradient tells the rate of each step."""
+    model = Scalars(1.0)
+    left: list[float] = []
+
+    def objective(m: nn.Module, _: Any) -> Tensor:
+        left.append(model.values.item())
+        return 0 * model.values.sum()
+
+    learn(
+        model,
+        objective,
+        Constant(2),
+        Recipe(epochs=2, lr=0.1, weight_decay=5.0, schedule=schedule, warmup=2),
+        evaluate=lambda _: 0.0,
+        progress=False,
+    )
+    shrunk = [b / a for a, b in pairwise(left)]
+    assert shrunk == pytest.approx([1 - 0.1 * 5.0 * f for f in factors[:3]], rel=1e-5)
+    assert rate_factor(Recipe(schedule=schedule, warmup=2), 3, 4) == pytest.approx(factors[3])
+    # A run that ends within its warm-up.
+    assert rate_factor(Recipe(schedule=schedule, warmup=8), 3, 4) == 0.5
+
+
 def test_bad_recipes_and_models_are_refused() -> None:
-    for change in ({"epochs": -1}, {"lr": 0.0}, {"schedule": "linear"}, {"preset": "none"}):
+    changes = ({"epochs": -1}, {"lr": 0.0}, {"schedule": "linear"}, {"preset": "none"})
+    for change in (*changes, {"warmup": -1}):
         with pytest.raises(ValueError, match=next(iter(change))):
             Recipe(**change)
     frozen = Scalars(1.0).requires_grad_(False)

@@ -45,6 +45,8 @@ class Recipe:
         lr: learning rate at the start.
         weight_decay: pulls coefficients to 0, that is to the base.
         schedule: "cosine", ``lr/2 * (1 + cos(pi * t / T))`` at step t of T, or "constant".
+        warmup: steps before the schedule begins, in which the rate grows linearly to ``lr``; t and
+            T do not count them.
         preset: the gradient handed to AdamW, with the joint norm ``|g|`` over all parameters:
             "clean" is ``g * min(1, 1 / |g|)``; "official" is ``g * min(1, 1 / (2^16 * |g|))``, the
             dynamics of the published runs.
@@ -59,10 +61,11 @@ class Recipe:
     schedule: Literal["cosine", "constant"] = "cosine"
     preset: Literal["clean", "official"] = "clean"
     seed: int = 0
+    warmup: int = 0
 
     def __post_init__(self) -> None:
-        if self.epochs < 0 or self.lr <= 0 or self.weight_decay < 0:
-            raise ValueError(f"epochs and weight_decay must be >= 0 and lr > 0, got {self}")
+        if self.lr <= 0 or min(self.epochs, self.weight_decay, self.warmup) < 0:
+            raise ValueError(f"epochs, weight_decay and warmup must be >= 0 and lr > 0, got {self}")
         if self.schedule not in ("cosine", "constant"):
             raise ValueError(f"unknown schedule {self.schedule!r}: expected 'cosine' or 'constant'")
         if self.preset not in _LOSS_SCALE:
@@ -161,6 +164,15 @@ def cosine(step: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
+def rate_factor(recipe: Recipe, step: int, steps: int) -> float:
+    """The factor of the learning rate at a step of all steps, by schedule and warm-up."""
+    if step < recipe.warmup:
+        return (step + 1) / recipe.warmup
+    if recipe.schedule == "constant":
+        return 1.0
+    return cosine(step - recipe.warmup, steps - recipe.warmup)
+
+
 def scale_gradients(parameters: Iterable[Tensor], loss_scale: float) -> None:
     """``g * min(1, 1 / (loss_scale * |g|))`` in place, ``|g|`` the joint norm of all gradients."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
@@ -188,9 +200,8 @@ def _train_epoch(
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed * 1_000_003 + epoch)
         for step, batch in enumerate(batches.epoch(epoch), epoch * steps):
-            if recipe.schedule == "cosine":
-                for group in optimizer.param_groups:
-                    group["lr"] = recipe.lr * cosine(step, recipe.epochs * steps)
+            for group in optimizer.param_groups:
+                group["lr"] = recipe.lr * rate_factor(recipe, step, recipe.epochs * steps)
             optimizer.zero_grad(set_to_none=True)
             with ExitStack() as stack:
                 for module in composed:
