@@ -324,9 +324,111 @@ def test_warmup_precedes_the_schedule(schedule: Any, factors: list[float]) -> No
     assert rate_factor(Recipe(schedule=schedule, warmup=8), 3, 4) == 0.5
 
 
+class Named(nn.Module):
+    """A model with parameters of several names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("coef", "keys", "kinds"):
+            self.register_parameter(name, nn.Parameter(torch.ones(2)))
+
+
+def test_a_rate_of_its_own_follows_the_same_schedule(tmp_path: Path) -> None:
+    """Weight decay alone moves the parameters, so what is left of them tells their rates."""
+    recipe = Recipe(
+        epochs=2, lr=0.2, weight_decay=0.5, lrs=(("k*s", 0.02), ("kinds", 7.0)), warmup=2
+    )
+
+    def run(**options: Any) -> dict[str, Tensor]:
+        rising = iter(range(100))
+        return learn(
+            Named(),
+            lambda m, _: 0 * sum(p.sum() for p in m.parameters()),
+            Constant(3),
+            recipe,
+            evaluate=lambda _: float(next(rising)),
+            progress=False,
+            **options,
+        ).parameters
+
+    parameters = run()
+    for name, rate in (("coef", 0.2), ("keys", 0.02), ("kinds", 0.02)):
+        exact = math.prod(1 - rate * 0.5 * rate_factor(recipe, t, 6) for t in range(6))
+        # Six products, each rounded by eps / 2 = 6e-8.
+        assert parameters[name].tolist() == pytest.approx([exact] * 2, rel=1e-6)
+    run(resume=tmp_path / "run.safetensors")
+    resumed = run(resume=tmp_path / "run.safetensors")
+    assert all(torch.equal(resumed[name], value) for name, value in parameters.items())
+
+
+def test_rates_for_no_parameter_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"'key'.*coef, keys, kinds"):
+        learn(
+            Named(),
+            classify,
+            Constant(1),
+            Recipe(lrs=(("key", 0.1),)),
+            evaluate=lambda _: 0.0,
+            progress=False,
+        )
+
+
+class Normalised(nn.Module):
+    """A BatchNorm and dropout in a model that is composed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(5, 6)
+        self.norm = nn.BatchNorm1d(6)
+        self.dropout = nn.Dropout(0.1)
+        self.last = nn.Linear(6, 3)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.last(self.dropout(self.norm(self.first(inputs)).relu()))
+
+
+@pytest.mark.parametrize("memory", ["whole", "recompute"])
+def test_running_statistics_stay_those_of_the_base(memory: Any) -> None:
+    module = Normalised()
+    module(torch.randn(64, 5))  # Statistics of some data.
+    base = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    tuned = {key: value + torch.randn_like(value.float()) for key, value in base.items()}
+    tuned["norm.num_batches_tracked"] = base["norm.num_batches_tracked"]
+    vector = ak.TaskVector.from_state_dicts(base, tuned, name="v")
+    bank = ak.TaskVectorBank.from_task_vectors(module, [vector])
+    model = nn.Sequential(ak.ComposedModel(module, bank, memory=memory), nn.BatchNorm1d(3))
+    problem = make_problem()
+    modes: list[tuple[bool, bool]] = []
+
+    def objective(m: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        modes.append((module.norm.training, module.dropout.training))
+        return classify(m, batch)
+
+    scores = iter([0.0, 0.5, 0.9, 0.1])
+    kept: list[Tensor] = []
+    probe = torch.randn(9, 5)
+
+    def evaluate(m: nn.Module) -> float:
+        kept.append(model[0](probe))
+        return next(scores)
+
+    learned = learn(
+        model, objective, problem.batches, Recipe(epochs=3), evaluate=evaluate, progress=False
+    )
+    assert set(modes) == {(False, True)}
+    assert learned.epoch == 2
+    # The model that was scored best is the one that is left, to the bit.
+    assert torch.equal(model[0](probe), kept[2])
+    assert not torch.equal(kept[2], kept[3])
+    for name, buffer in module.named_buffers():
+        assert torch.equal(buffer, base[name])
+    # What is not composed is trained as usual.
+    assert model[1].num_batches_tracked == 3 * len(problem.batches)
+
+
 def test_bad_recipes_and_models_are_refused() -> None:
     changes = ({"epochs": -1}, {"lr": 0.0}, {"schedule": "linear"}, {"preset": "none"})
-    for change in (*changes, {"warmup": -1}):
+    for change in (*changes, {"warmup": -1}, {"lrs": (("coef", 0.0),)}):
         with pytest.raises(ValueError, match=next(iter(change))):
             Recipe(**change)
     frozen = Scalars(1.0).requires_grad_(False)

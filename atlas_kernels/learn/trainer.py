@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -47,6 +49,8 @@ class Recipe:
         schedule: "cosine", ``lr/2 * (1 + cos(pi * t / T))`` at step t of T, or "constant".
         warmup: steps before the schedule begins, in which the rate grows linearly to ``lr``; t and
             T do not count them.
+        lrs: (pattern, rate) pairs: parameters whose name matches a shell-style pattern learn at
+            this rate in place of ``lr``, under the same schedule; the first match counts.
         preset: the gradient handed to AdamW, with the joint norm ``|g|`` over all parameters:
             "clean" is ``g * min(1, 1 / |g|)``; "official" is ``g * min(1, 1 / (2^16 * |g|))``, the
             dynamics of the published runs.
@@ -62,9 +66,11 @@ class Recipe:
     preset: Literal["clean", "official"] = "clean"
     seed: int = 0
     warmup: int = 0
+    lrs: tuple[tuple[str, float], ...] = ()
 
     def __post_init__(self) -> None:
-        if self.lr <= 0 or min(self.epochs, self.weight_decay, self.warmup) < 0:
+        rates = [self.lr, *(rate for _, rate in self.lrs)]
+        if min(rates) <= 0 or min(self.epochs, self.weight_decay, self.warmup) < 0:
             raise ValueError(f"epochs, weight_decay and warmup must be >= 0 and lr > 0, got {self}")
         if self.schedule not in ("cosine", "constant"):
             raise ValueError(f"unknown schedule {self.schedule!r}: expected 'cosine' or 'constant'")
@@ -109,6 +115,7 @@ def learn(
 
     One step is ``objective(model, batch).backward()`` and an AdamW step. Each `ComposedModel` in
     ``model`` composes once per step, however often the objective calls it, and once per evaluation.
+    Its layers with running statistics (BatchNorm) keep and use those of the base while it learns.
     The start is scored first and an epoch must beat it, so the result is never worse than the start
     on ``evaluate``; ties keep the earlier epoch.
 
@@ -124,15 +131,14 @@ def learn(
         description: the bar's text.
 
     Raises:
-        ValueError: nothing in ``model`` requires gradients, or ``resume`` is another run's file.
+        ValueError: nothing in ``model`` requires gradients, a pattern of ``recipe.lrs`` matches no
+            parameter that does, or ``resume`` is another run's file.
         FloatingPointError: a loss is not finite.
     """
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not parameters:
         raise ValueError("nothing to learn: no parameter of the model requires gradients")
-    optimizer = torch.optim.AdamW(
-        parameters.values(), lr=recipe.lr, weight_decay=recipe.weight_decay
-    )
+    optimizer = torch.optim.AdamW(_groups(parameters, recipe), weight_decay=recipe.weight_decay)
     run = _Run(parameters, optimizer, recipe, Path(resume) if resume else None)
     if not run.load():
         run.record({"loss": math.nan, "score": _score(model, evaluate), "seconds": 0.0})
@@ -182,6 +188,30 @@ def scale_gradients(parameters: Iterable[Tensor], loss_scale: float) -> None:
     torch._foreach_mul_(gradients, factor)
 
 
+def _groups(parameters: dict[str, nn.Parameter], recipe: Recipe) -> list[dict[str, Any]]:
+    """The optimizer's groups: the parameters of each rate."""
+    for pattern, _ in recipe.lrs:
+        if not any(fnmatchcase(name, pattern) for name in parameters):
+            raise ValueError(
+                f"a rate is given for {pattern!r}, but no parameter that learns has such a name: "
+                f"they are {', '.join(list(parameters)[:5])}"
+            )
+    rates: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in parameters.items():
+        its = (rate for pattern, rate in recipe.lrs if fnmatchcase(name, pattern))
+        rates.setdefault(next(its, recipe.lr), []).append(parameter)
+    return [{"params": members, "lr": rate, "initial_lr": rate} for rate, members in rates.items()]
+
+
+def _train_mode(model: nn.Module, composed: Iterable[ComposedModel]) -> None:
+    """Training mode, except for layers of composed models that would change their buffers."""
+    model.train()
+    for module in composed:
+        for part in module.module.modules():
+            if getattr(part, "running_mean", None) is not None:
+                part.eval()
+
+
 def _train_epoch(
     model: nn.Module,
     objective: Objective,
@@ -195,13 +225,14 @@ def _train_epoch(
     composed = [module for module in model.modules() if isinstance(module, ComposedModel)]
     steps = len(batches)
     total = 0.0
-    model.train()
+    _train_mode(model, composed)
     # Seeded by epoch: a resumed run repeats. Forked: the caller's random state does not move.
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed * 1_000_003 + epoch)
         for step, batch in enumerate(batches.epoch(epoch), epoch * steps):
             for group in optimizer.param_groups:
-                group["lr"] = recipe.lr * rate_factor(recipe, step, recipe.epochs * steps)
+                factor = rate_factor(recipe, step, recipe.epochs * steps)
+                group["lr"] = group["initial_lr"] * factor
             optimizer.zero_grad(set_to_none=True)
             with ExitStack() as stack:
                 for module in composed:
@@ -287,7 +318,9 @@ class _Run:
             for name, tensor in tensors.items()
             if name.startswith("current.")
         }
-        if fields["recipe"] != asdict(self.recipe) or found != shapes:
+        # As it comes back from JSON: tuples are lists.
+        recipe = json.loads(json.dumps(asdict(self.recipe)))
+        if fields["recipe"] != recipe or found != shapes:
             raise ValueError(
                 f"{self.path} is the state of another run (its recipe or parameters differ): "
                 "repeat the call that began it, or delete the file to start anew"
