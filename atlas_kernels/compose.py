@@ -127,11 +127,13 @@ def bank_compose(
     backend: str = "auto",
     scales: Tensor | None = None,
     bits: int = 0,
+    tile_key: Tensor | None = None,
 ) -> Tensor:
     """The composed arena [P] of arenas ``base`` [P] and ``deltas`` [N * P], laid out by ``layout``.
 
-    ``coef`` is (N, B) or (N,) on the same device. With ``bits``, ``deltas`` are packed words that
-    have ``scales`` (see `codecs.packed`). Differentiable in ``coef`` and ``base``.
+    ``coef`` is (N, B) or (N,) on the same device; with a ``tile_key`` it is (N, B, K) (see
+    `partition`). With ``bits``, ``deltas`` are packed words that have ``scales`` (see
+    `codecs.packed`). Differentiable in ``coef`` and ``base``.
     """
     num_blocks = len(layout.shapes)
     result: Tensor = _call(
@@ -145,6 +147,9 @@ def bank_compose(
         layout.tile_block,
         layout.tile_offset,
         layout.block_tile,
+        tile_key,
+        layout.chunk_tile,
+        layout.block_chunk,
     )
     return result
 
@@ -157,15 +162,18 @@ def bank_coef_grad(
     backend: str = "auto",
     scales: Tensor | None = None,
     bits: int = 0,
+    tile_key: Tensor | None = None,
+    groups: int = 0,
 ) -> Tensor:
     """``<grad, tau_i>`` over each block (N, B): what `bank_compose` hands back to ``coef``.
 
-    ``grad`` is an arena [P]; differentiable in it.
+    ``grad`` is an arena [P]; differentiable in it. With a ``tile_key``: (N, B, groups).
     """
     result: Tensor = _call(
         _BankCoefGrad,
         resolve(backend, grad.device.type, False),
         num_vectors,
+        groups,
         torch.float32,
         grad,
         bits,
@@ -174,6 +182,9 @@ def bank_coef_grad(
         layout.tile_block,
         layout.tile_offset,
         layout.block_tile,
+        tile_key,
+        layout.chunk_tile,
+        layout.block_chunk,
     )
     return result
 
@@ -267,7 +278,7 @@ def _call(function: Any, *args: Any) -> Any:
 
 def _per_block(coef: Tensor, num_blocks: int) -> Tensor:
     # After the conversion, so that the gradient is summed over blocks before it is rounded.
-    return coef if coef.dim() == 2 else coef.unsqueeze(1).expand(-1, num_blocks)
+    return coef if coef.dim() > 1 else coef.unsqueeze(1).expand(-1, num_blocks)
 
 
 class _Batched(torch.autograd.Function):
@@ -389,7 +400,10 @@ def _scaled(
 
 
 class _BankCompose(_Batched):
-    """(backend, coef [N, B], base [P], bits, deltas, scales, *tables) -> composed arena [P]."""
+    """(backend, coef [N, B] or [N, B, K], base [P], bits, deltas, scales, *tables) -> composed [P].
+
+    The tables are those of `Layout`, with the key of every tile, or None, before those of chunks.
+    """
 
     @staticmethod
     def forward(
@@ -402,11 +416,19 @@ class _BankCompose(_Batched):
         tile_block: Tensor,
         tile_offset: Tensor,
         block_tile: Tensor,
+        tile_key: Tensor | None,
+        chunk_tile: Tensor,
+        block_chunk: Tensor,
     ) -> Tensor:
         ops_of = getattr(torch.ops, ops.namespace(backend))
         base, coef = base.contiguous(), coef.contiguous()
-        if bits:
-            composed: Tensor = ops_of.packed_compose(
+        composed: Tensor
+        if tile_key is not None:
+            composed = ops_of.partition_compose(
+                base, deltas, scales, bits, coef, tile_block, tile_offset, tile_key
+            )
+        elif bits:
+            composed = ops_of.packed_compose(
                 base, deltas, scales, bits, coef, tile_block, tile_offset
             )
         else:
@@ -417,6 +439,7 @@ class _BankCompose(_Batched):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.backend, coef, _, ctx.bits, *tensors = inputs
         ctx.num_vectors, ctx.dtype = coef.shape[0], coef.dtype
+        ctx.groups = coef.shape[2] if coef.dim() == 3 else 0
         ctx.save_for_backward(*tensors)
 
     @staticmethod
@@ -427,22 +450,24 @@ class _BankCompose(_Batched):
                 _BankCoefGrad,
                 ctx.backend,
                 ctx.num_vectors,
+                ctx.groups,
                 ctx.dtype,
                 grad,
                 ctx.bits,
                 *ctx.saved_tensors,
             )
         base_grad = grad if ctx.needs_input_grad[2] else None
-        return None, coef_grad, base_grad, None, None, None, None, None, None
+        return None, coef_grad, base_grad, *(None,) * 9
 
 
 class _BankCoefGrad(_Batched):
-    """(backend, N, dtype, grad [P], bits, deltas, scales, *tables) -> <grad, tau_i> [N, B]."""
+    """(backend, N, K or 0, dtype, grad [P], bits, deltas, scales, *tables) -> coef's gradient."""
 
     @staticmethod
     def forward(
         backend: str,
         num_vectors: int,
+        groups: int,
         dtype: torch.dtype,
         grad: Tensor,
         bits: int,
@@ -451,11 +476,29 @@ class _BankCoefGrad(_Batched):
         tile_block: Tensor,
         tile_offset: Tensor,
         block_tile: Tensor,
+        tile_key: Tensor | None,
+        chunk_tile: Tensor,
+        block_chunk: Tensor,
     ) -> Tensor:
         ops_of = getattr(torch.ops, ops.namespace(backend))
         grad, tables = grad.contiguous(), (tile_block, tile_offset, block_tile)
-        if bits:
-            result: Tensor = ops_of.packed_coef_grad(
+        result: Tensor
+        if tile_key is not None:
+            result = ops_of.partition_coef_grad(
+                grad,
+                deltas,
+                scales,
+                bits,
+                tile_offset,
+                tile_key,
+                chunk_tile,
+                block_chunk,
+                num_vectors,
+                groups,
+                dtype,
+            )
+        elif bits:
+            result = ops_of.packed_coef_grad(
                 grad, deltas, scales, bits, *tables, num_vectors, dtype
             )
         else:
@@ -464,7 +507,7 @@ class _BankCoefGrad(_Batched):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.backend, _, _, grad, ctx.bits, *tensors = inputs
+        ctx.backend, _, _, _, grad, ctx.bits, *tensors = inputs
         ctx.grad_dtype, ctx.numel = grad.dtype, grad.numel()
         ctx.save_for_backward(*tensors)
 
@@ -472,4 +515,4 @@ class _BankCoefGrad(_Batched):
     def backward(ctx: Any, grad: Tensor) -> Any:
         zeros = grad.new_zeros(ctx.numel, dtype=ctx.grad_dtype)
         composed = _call(_BankCompose, ctx.backend, grad, zeros, ctx.bits, *ctx.saved_tensors)
-        return None, None, None, composed, None, None, None, None, None, None
+        return *(None,) * 4, composed, *(None,) * 9

@@ -1,6 +1,6 @@
 """Every operator's schema and fake, once for each backend's namespace.
 
-`torch.ops.atlas_kernels_<backend>` holds the same six functional operators for every backend; a
+`torch.ops.atlas_kernels_<backend>` holds the same eight functional operators for every backend; a
 backend only implements them (`backends/`). They carry no derivative formulas and are private: the
 derivatives live in the autograd Functions of `compose.py`.
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .codecs.packed import GROUP
+from .layout import TILE
 
 BACKENDS = ("torch", "cpp", "triton", "cuda")
 
@@ -39,6 +40,16 @@ SCHEMAS = {
     "packed_coef_grad": (
         "(Tensor grad, Tensor words, Tensor scales, int bits, Tensor tile_block,"
         " Tensor tile_offset, Tensor block_tile, int num_vectors, ScalarType dtype) -> Tensor"
+    ),
+    # Of any codec: no scales and 0 bits for floating-point deltas.
+    "partition_compose": (
+        "(Tensor base, Tensor deltas, Tensor? scales, int bits, Tensor coef, Tensor tile_block,"
+        " Tensor tile_offset, Tensor tile_key) -> Tensor"
+    ),
+    "partition_coef_grad": (
+        "(Tensor grad, Tensor deltas, Tensor? scales, int bits, Tensor tile_offset,"
+        " Tensor tile_key, Tensor chunk_tile, Tensor block_chunk, int num_vectors, int groups,"
+        " ScalarType dtype) -> Tensor"
     ),
 }
 
@@ -118,6 +129,50 @@ def _packed_coef_grad_fake(
     return grad.new_empty((num_vectors, block_tile.numel() - 1), dtype=dtype)
 
 
+def _partition_compose_fake(
+    base: Tensor,
+    deltas: Tensor,
+    scales: Tensor | None,
+    bits: int,
+    coef: Tensor,
+    tile_block: Tensor,
+    tile_offset: Tensor,
+    tile_key: Tensor,
+) -> Tensor:
+    torch._check(coef.dim() == 3 and 0 < coef.shape[2] <= TILE)
+    _check_stored(base, deltas, scales, bits, coef.shape[0])
+    torch._check(tile_offset.numel() == tile_block.numel() + 1 == tile_key.numel() + 1)
+    return torch.empty_like(base)
+
+
+def _partition_coef_grad_fake(
+    grad: Tensor,
+    deltas: Tensor,
+    scales: Tensor | None,
+    bits: int,
+    tile_offset: Tensor,
+    tile_key: Tensor,
+    chunk_tile: Tensor,
+    block_chunk: Tensor,
+    num_vectors: int,
+    groups: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    torch._check(0 < groups <= TILE)
+    _check_stored(grad, deltas, scales, bits, num_vectors)
+    torch._check(tile_offset.numel() == tile_key.numel() + 1)
+    return grad.new_empty((num_vectors, block_chunk.numel() - 1, groups), dtype=dtype)
+
+
+def _check_stored(
+    wide: Tensor, deltas: Tensor, scales: Tensor | None, bits: int, num_vectors: int
+) -> None:
+    if scales is None:
+        torch._check(not bits and deltas.numel() == num_vectors * wide.numel())
+    else:
+        _check_packed(wide, deltas, scales, bits, num_vectors)
+
+
 def _check_packed(wide: Tensor, words: Tensor, scales: Tensor, bits: int, num_vectors: int) -> None:
     elements = num_vectors * wide.numel()
     torch._check(words.numel() * 32 == elements * bits)
@@ -131,6 +186,8 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "bank_coef_grad": _bank_coef_grad_fake,
     "packed_compose": _packed_compose_fake,
     "packed_coef_grad": _packed_coef_grad_fake,
+    "partition_compose": _partition_compose_fake,
+    "partition_coef_grad": _partition_coef_grad_fake,
 }
 
 

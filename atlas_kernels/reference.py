@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from torch.nn.functional import pad
 
 from .codecs.packed import GROUP, levels
 from .layout import TILE, pieces
+from .partition import group_of, slots, sum_groups
 
 
 def compose(base: Sequence[Tensor], deltas: Sequence[Tensor], coef: Tensor) -> list[Tensor]:
@@ -149,6 +151,103 @@ def packed_coef_grad(
                 sums = product.unflatten(1, (-1, GROUP)).sum(2)
                 result[i, b] += tree_sum((sums * scale[:, i].to(dtype)).flatten())
     return result
+
+
+def partition_compose(
+    base: Tensor,
+    deltas: Tensor,
+    scales: Tensor | None,
+    bits: int,
+    coef: Tensor,
+    tile_block: Tensor,
+    tile_offset: Tensor,
+    tile_key: Tensor,
+) -> Tensor:
+    """base[e] + sum_i coef[i, b, group(e)] * delta_i[e] on arenas of any codec (see `partition`).
+
+    coef: (N, B, K).  tile_key: int32 [T].  Rounded like `bank_compose` and `packed_compose`.
+    """
+    num_vectors, _, groups = coef.shape
+    composed = torch.empty_like(base)
+    for b, start, end in _blocks(tile_block, tile_offset):
+        keys = tile_key[tile_block == b]
+        targets = pieces(composed[start:end], end - start)
+        sources = pieces(base[start:end], end - start)
+        rows = _rows(deltas, scales, bits, start, end, num_vectors)
+        for target, source, row in zip(targets, sources, rows, strict=True):
+            here, keys = keys[: len(target)], keys[len(target) :]
+            group = group_of(slots(here, target.shape[-1]), groups)
+            total = source[:, 0].to(coef.dtype, copy=True)
+            for i in range(num_vectors):
+                value, scale = row(i, coef.dtype)
+                factor = coef[i, b][group]
+                total += (factor if scale is None else factor * scale) * value
+            target[:, 0] = total.to(base.dtype)
+    return composed
+
+
+def partition_coef_grad(
+    grad: Tensor,
+    deltas: Tensor,
+    scales: Tensor | None,
+    bits: int,
+    tile_offset: Tensor,
+    tile_key: Tensor,
+    chunk_tile: Tensor,
+    block_chunk: Tensor,
+    num_vectors: int,
+    groups: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """<grad, tau_i> over the elements of each group of each block: (N, B, K) in `dtype`.
+
+    Products are added slot by slot over the tiles of a block, then slots over a group.
+    """
+    num_blocks = block_chunk.numel() - 1
+    result = torch.zeros(num_vectors, num_blocks, groups, dtype=dtype, device=grad.device)
+    bounds = chunk_tile[block_chunk.long()].tolist()
+    for b, (first, last) in enumerate(pairwise(bounds)):
+        start, end = int(tile_offset[first]), int(tile_offset[last])
+        keys = tile_key[first:last]
+        wides = pieces(grad[start:end], end - start)
+        rows = _rows(deltas, scales, bits, start, end, num_vectors)
+        by_slot = result.new_zeros(num_vectors, TILE)
+        for wide, row in zip(wides, rows, strict=True):
+            here, keys = keys[: len(wide)], keys[len(wide) :]
+            slot = slots(here, wide.shape[-1])
+            for i in range(num_vectors):
+                value, scale = row(i, dtype)
+                product = wide[:, 0].to(dtype) * (value if scale is None else scale * value)
+                by_slot[i] += result.new_zeros(len(wide), TILE).scatter_(1, slot, product).sum(0)
+        for i in range(num_vectors):
+            result[i, b] = sum_groups(by_slot[i], groups)
+    return result
+
+
+def _rows(
+    deltas: Tensor, scales: Tensor | None, bits: int, start: int, end: int, num_vectors: int
+) -> Iterator[Callable[[int, torch.dtype], tuple[Tensor, Tensor | None]]]:
+    """For each piece of a block: i and dtype to its values, and their scales if they have any.
+
+    Both [tiles, elements].
+    """
+    if scales is None:
+        dense = deltas[num_vectors * start : num_vectors * end]
+        for piece in pieces(dense, end - start, num_vectors):
+            yield partial(_dense_row, piece)
+    else:
+        for level, scale in _packed_rows(deltas, scales, bits, start, end, num_vectors):
+            yield partial(_packed_row, level, scale)
+
+
+def _dense_row(piece: Tensor, vector: int, dtype: torch.dtype) -> tuple[Tensor, None]:
+    return piece[:, vector].to(dtype), None
+
+
+def _packed_row(
+    level: Callable[[int], Tensor], scale: Tensor, vector: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    return level(vector).to(dtype), scale[:, vector].to(dtype).repeat_interleave(GROUP, 1)
 
 
 def _packed_rows(

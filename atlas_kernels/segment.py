@@ -87,16 +87,39 @@ class Segment:
         """Stored bits of one task vector's blocks, scales included, padding not."""
         return self.codec.bits_per_weight * sum(map(prod, self.layout.shapes))
 
-    def compose(self, coef: Tensor, backend: str = "auto") -> Tensor:
-        """The composed arena [P] for coef (N, B') or (N,)."""
+    def compose(
+        self, coef: Tensor, backend: str = "auto", tile_key: Tensor | None = None
+    ) -> Tensor:
+        """The composed arena [P] for coef (N, B') or (N,), with a tile_key for (N, B', K)."""
         return bank_compose(
-            self.base, self.deltas, coef, self.layout, backend, self.scales, self.codec.bits
+            self.base,
+            self.deltas,
+            coef,
+            self.layout,
+            backend,
+            self.scales,
+            self.codec.bits,
+            tile_key,
         )
 
-    def coef_grad(self, grad: Tensor, backend: str = "auto") -> Tensor:
-        """<grad, tau_i> over each block (N, B') for grad [P]."""
+    def coef_grad(
+        self,
+        grad: Tensor,
+        backend: str = "auto",
+        tile_key: Tensor | None = None,
+        groups: int = 0,
+    ) -> Tensor:
+        """<grad, tau_i> over each block (N, B'), or its groups (N, B', K), for grad [P]."""
         return bank_coef_grad(
-            grad, self.deltas, self.num_vectors, self.layout, backend, self.scales, self.codec.bits
+            grad,
+            self.deltas,
+            self.num_vectors,
+            self.layout,
+            backend,
+            self.scales,
+            self.codec.bits,
+            tile_key,
+            groups,
         )
 
     def blocks(self) -> list[Segment]:
