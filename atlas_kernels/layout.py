@@ -51,7 +51,7 @@ class Layout:
         tile_block: int32 [T], the block that a tile belongs to.
         tile_offset: int64 [T + 1], the first element of a tile.
         block_tile: int32 [B + 1], the first tile of a block.
-        chunk_tile: int32 [C + 1], the first tile of a chunk, CHUNK_TILES tiles of one block or fewer.
+        chunk_tile: int32 [C + 1], the first tile of a chunk: up to CHUNK_TILES tiles of a block.
         block_chunk: int32 [B + 1], the first chunk of a block.
     """
 

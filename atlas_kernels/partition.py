@@ -8,8 +8,8 @@ hash of (seed, block, element), the same on every device, and no mask is ever st
 A bijection rather than any hash: groups are balanced within every tile, and a backward pass can add
 products into slots without two of them meeting, that is without atomics and in a fixed order.
 
-Source: aTLAS (arXiv 2407.02880), section 6.2 and appendix F, where groups are drawn independently and
-stored as masks.
+Source: aTLAS (arXiv 2407.02880), section 6.2, appendix F, where groups are drawn independently
+and stored as masks.
 """
 
 from __future__ import annotations
