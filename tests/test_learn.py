@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import atlas_kernels as ak
 from atlas_kernels.learn import (
     ImageBatches,
+    Learned,
     Recipe,
     accuracy,
     classify,
@@ -28,7 +29,7 @@ from atlas_kernels.learn import (
     search,
     single_vector,
 )
-from atlas_kernels.learn.trainer import cosine, rate_factor, scale_gradients
+from atlas_kernels.learn.trainer import AdamWStep, cosine, rate_factor, scale_gradients
 
 
 @dataclass
@@ -185,6 +186,79 @@ def test_an_interrupted_run_resumes_to_the_same_bits(stop_after: int, tmp_path: 
         assert (ours["loss"], ours["score"]) == (theirs["loss"], theirs["score"])
 
 
+class Counting(AdamWStep):
+    """The usual step with a memory: every third one is left out."""
+
+    def __call__(self, model: nn.Module, batch: Any) -> float:
+        self.state["count"] = self.state.get("count", 0) + 1
+        return 1.0 if self.state["count"] % 3 == 0 else super().__call__(model, batch)
+
+
+@pytest.mark.parametrize("step", [AdamWStep, Counting])
+def test_without_scores_the_last_epoch_is_kept_and_runs_resume(step: Any, tmp_path: Path) -> None:
+    """`stop_after` 0 is the whole run; the state of a step of one's own goes on with it."""
+    file = tmp_path / "run.safetensors"
+
+    def run(stop_after: int, resume: Path | None) -> Learned:
+        problem, calls = make_problem(), 0
+
+        def objective(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+            nonlocal calls
+            calls += 1
+            if calls == stop_after:
+                raise KeyboardInterrupt
+            return classify(model, batch)
+
+        options = {"evaluate": None, "resume": resume, "progress": False, "step": step}
+        learned = learn(problem.model, objective, problem.batches, Recipe(epochs=4), **options)
+        assert torch.equal(problem.model.coef, learned.parameters["coef"])
+        return learned
+
+    whole = run(0, None)
+    assert whole.epoch == 4
+    assert math.isnan(whole.score)
+    assert all(math.isnan(record["score"]) for record in whole.history)
+    # Seven batches an epoch: within the third.
+    with pytest.raises(KeyboardInterrupt):
+        run(17 if step is AdamWStep else 12, file)
+    resumed = run(0, file)
+    assert len(resumed.history) == 5
+    assert torch.equal(resumed.parameters["coef"], whole.parameters["coef"])
+    assert resumed.history[-1]["loss"] == whole.history[-1]["loss"]
+
+
+def test_batches_may_differ_in_number_from_epoch_to_epoch() -> None:
+    """The cosine follows the share of the epoch; the loss is the mean over its own steps."""
+
+    class Fewer(Constant):
+        def __init__(self) -> None:
+            super().__init__(9)
+
+        def epoch(self, index: int) -> Iterator[int]:
+            self.steps = 4 - 2 * index
+            yield from range(self.steps)
+
+    left: list[float] = []
+
+    def objective(model: nn.Module, _: int) -> Tensor:
+        left.append(model.values.item())
+        return 0 * model.values.sum() + 3.0
+
+    learned = learn(
+        Scalars(1.0),
+        objective,
+        Fewer(),
+        Recipe(epochs=2, lr=0.1, weight_decay=5.0),
+        evaluate=None,
+        progress=False,
+    )
+    assert [record["loss"] for record in learned.history[1:]] == [3.0, 3.0]
+    left.append(learned.parameters["values"].item())
+    shrunk = [b / a for a, b in pairwise(left)]
+    progress = [0, 1 / 8, 2 / 8, 3 / 8, 4 / 8, 6 / 8]
+    assert shrunk == pytest.approx([1 - 0.5 * cosine(t, 1) for t in progress], rel=1e-5)
+
+
 def test_the_state_of_another_run_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "run.safetensors"
     recipe = Recipe(epochs=1)
@@ -196,6 +270,8 @@ def test_the_state_of_another_run_is_refused(tmp_path: Path) -> None:
     isotropic_model = make_problem("task").model
     with pytest.raises(ValueError, match="another run"):
         learn(isotropic_model, classify, problem.batches, recipe, **arguments)
+    with pytest.raises(ValueError, match="another run"):
+        learn(problem.model, classify, problem.batches, recipe, **{**arguments, "evaluate": None})
 
 
 def test_one_composition_per_step_and_per_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:

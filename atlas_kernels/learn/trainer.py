@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -28,11 +28,24 @@ _LOSS_SCALE = {"clean": 1.0, "official": 65536.0}
 Objective = Callable[[nn.Module, Any], Tensor]
 
 
+class Step(Protocol):
+    """What a batch does to the parameters, in one run."""
+
+    optimizer: torch.optim.Optimizer
+    """Of `parameter_groups`; rates are set before every step, its state is kept with the run."""
+
+    state: dict[str, Any]
+    """What else a resumed run needs, as JSON has it."""
+
+    def __call__(self, model: nn.Module, batch: Any) -> float:
+        """Changes the parameters, unless the loss is not finite; the loss."""
+
+
 class Batches(Protocol):
-    """Training data: a fixed number of batches per epoch, each epoch a function of its index."""
+    """Training data by epoch: each is a function of its index, and perhaps of the model then."""
 
     def __len__(self) -> int:
-        """Batches per epoch."""
+        """Batches of an epoch: of the one that began last, if they differ."""
 
     def epoch(self, index: int) -> Iterable[Any]:
         """The batches of one epoch, the same on every call with the same index."""
@@ -83,9 +96,10 @@ class Learned:
     """What `learn` found.
 
     Attributes:
-        parameters: the best parameters by name, as the model holds them after `learn`.
+        parameters: the best parameters by name (without scores the last), as the model holds them
+            after `learn`.
         epoch: the epoch they come from, counted from 1; 0 if no epoch beat the start.
-        score: their validation score.
+        score: their validation score; NaN if nothing was scored.
         history: one record per epoch, the start first: {"loss": mean, "score", "seconds"}.
     """
 
@@ -96,8 +110,36 @@ class Learned:
 
     @property
     def improved(self) -> bool:
-        """Whether any epoch beat the start."""
+        """Whether any epoch beat the start; without scores, whether there was one."""
         return self.epoch > 0
+
+
+class AdamWStep:
+    """AdamW along the gradient of the objective, as the recipe's preset scales it."""
+
+    def __init__(
+        self, parameters: dict[str, nn.Parameter], objective: Objective, recipe: Recipe
+    ) -> None:
+        self.parameters = list(parameters.values())
+        self.objective = objective
+        self.loss_scale = _LOSS_SCALE[recipe.preset]
+        self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(
+            parameter_groups(parameters, recipe), weight_decay=recipe.weight_decay
+        )
+        self.state: dict[str, Any] = {}
+
+    def __call__(self, model: nn.Module, batch: Any) -> float:
+        """One step; the loss before it."""
+        self.optimizer.zero_grad(set_to_none=True)
+        with composed_once(model):
+            loss = self.objective(model, batch)
+            value = loss.item()
+            if not math.isfinite(value):
+                return value
+            loss.backward()
+        scale_gradients(self.parameters, self.loss_scale)
+        self.optimizer.step()
+        return value
 
 
 def learn(
@@ -106,10 +148,11 @@ def learn(
     batches: Batches,
     recipe: Recipe,
     *,
-    evaluate: Callable[[nn.Module], float],
+    evaluate: Callable[[nn.Module], float] | None,
     resume: str | Path | None = None,
     progress: bool = True,
     description: str = "learning",
+    step: Callable[[dict[str, nn.Parameter], Objective, Recipe], Step] = AdamWStep,
 ) -> Learned:
     """Trains every parameter of ``model`` that requires gradients; keeps the best epoch.
 
@@ -117,18 +160,21 @@ def learn(
     ``model`` composes once per step, however often the objective calls it, and once per evaluation.
     Its layers with running statistics (BatchNorm) keep and use those of the base while it learns.
     The start is scored first and an epoch must beat it, so the result is never worse than the start
-    on ``evaluate``; ties keep the earlier epoch.
+    on ``evaluate``; ties keep the earlier epoch. Without ``evaluate`` nothing is chosen: the last
+    epoch is kept.
 
     Args:
         model: holds the best parameters afterwards; in eval mode.
         objective: (model, batch) to a scalar loss.
         batches: the training data.
         recipe: learning rate, epochs and so on.
-        evaluate: the validation score of the model, higher is better; -inf ends the run.
+        evaluate: the validation score of the model, higher is better; -inf ends the run. None
+            where there is nothing to validate on.
         resume: a file that is written after every epoch; if it exists, its run goes on, and ends
             with the same bits as one that was never interrupted.
         progress: shows a progress bar on standard error.
         description: the bar's text.
+        step: (parameters by name, objective, recipe) to another step than the one above.
 
     Raises:
         ValueError: nothing in ``model`` requires gradients, a pattern of ``recipe.lrs`` matches no
@@ -138,8 +184,9 @@ def learn(
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not parameters:
         raise ValueError("nothing to learn: no parameter of the model requires gradients")
-    optimizer = torch.optim.AdamW(_groups(parameters, recipe), weight_decay=recipe.weight_decay)
-    run = _Run(parameters, optimizer, recipe, Path(resume) if resume else None)
+    stepping = step(parameters, objective, recipe)
+    chooses = evaluate is not None
+    run = _Run(parameters, stepping, recipe, chooses, Path(resume) if resume else None)
     if not run.load():
         run.record({"loss": math.nan, "score": _score(model, evaluate), "seconds": 0.0})
     steps = len(batches)
@@ -150,14 +197,15 @@ def learn(
         disable=not progress,
         leave=False,
     ) as bar:
-        while run.epoch < recipe.epochs and run.history[-1]["score"] > -math.inf:
+        while run.epoch < recipe.epochs and run.history[-1]["score"] != -math.inf:
             started = time.perf_counter()
-            loss = _train_epoch(model, objective, batches, optimizer, recipe, run.epoch, bar)
+            loss = _train_epoch(model, batches, stepping, recipe, run.epoch, bar)
             score = _score(model, evaluate)
             seconds = time.perf_counter() - started
             run.record({"loss": loss, "score": score, "seconds": seconds})
             run.save()
-            bar.set_postfix(loss=f"{loss:.3f}", best=f"{run.best_score:.3f}")
+            best = {"best": f"{run.best_score:.3f}"} if chooses else {}
+            bar.set_postfix(loss=f"{loss:.3f}", **best)
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(run.best[name])
@@ -188,8 +236,17 @@ def scale_gradients(parameters: Iterable[Tensor], loss_scale: float) -> None:
     torch._foreach_mul_(gradients, factor)
 
 
-def _groups(parameters: dict[str, nn.Parameter], recipe: Recipe) -> list[dict[str, Any]]:
-    """The optimizer's groups: the parameters of each rate."""
+@contextmanager
+def composed_once(model: nn.Module) -> Iterator[None]:
+    """Inside, each `ComposedModel` in ``model`` composes once (see its own `composed_once`)."""
+    with ExitStack() as stack:
+        for module in _composed(model):
+            stack.enter_context(module.composed_once())
+        yield
+
+
+def parameter_groups(parameters: dict[str, nn.Parameter], recipe: Recipe) -> list[dict[str, Any]]:
+    """An optimizer's groups: the parameters of each rate."""
     for pattern, _ in recipe.lrs:
         if not any(fnmatchcase(name, pattern) for name in parameters):
             raise ValueError(
@@ -203,56 +260,46 @@ def _groups(parameters: dict[str, nn.Parameter], recipe: Recipe) -> list[dict[st
     return [{"params": members, "lr": rate, "initial_lr": rate} for rate, members in rates.items()]
 
 
-def _train_mode(model: nn.Module, composed: Iterable[ComposedModel]) -> None:
+def _train_mode(model: nn.Module) -> None:
     """Training mode, except for layers of composed models that would change their buffers."""
     model.train()
-    for module in composed:
+    for module in _composed(model):
         for part in module.module.modules():
             if getattr(part, "running_mean", None) is not None:
                 part.eval()
 
 
+def _composed(model: nn.Module) -> list[ComposedModel]:
+    return [module for module in model.modules() if isinstance(module, ComposedModel)]
+
+
 def _train_epoch(
-    model: nn.Module,
-    objective: Objective,
-    batches: Batches,
-    optimizer: torch.optim.Optimizer,
-    recipe: Recipe,
-    epoch: int,
-    bar: Any,
+    model: nn.Module, batches: Batches, step: Step, recipe: Recipe, epoch: int, bar: Any
 ) -> float:
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    composed = [module for module in model.modules() if isinstance(module, ComposedModel)]
-    steps = len(batches)
-    total = 0.0
-    _train_mode(model, composed)
+    losses: list[float] = []
+    _train_mode(model)
     # Seeded by epoch: a resumed run repeats. Forked: the caller's random state does not move.
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed * 1_000_003 + epoch)
-        for step, batch in enumerate(batches.epoch(epoch), epoch * steps):
-            for group in optimizer.param_groups:
-                factor = rate_factor(recipe, step, recipe.epochs * steps)
+        for batch in batches.epoch(epoch):
+            # Asked for only now: batches that follow the model are counted when their epoch begins.
+            steps = len(batches)
+            factor = rate_factor(recipe, epoch * steps + len(losses), recipe.epochs * steps)
+            for group in step.optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * factor
-            optimizer.zero_grad(set_to_none=True)
-            with ExitStack() as stack:
-                for module in composed:
-                    stack.enter_context(module.composed_once())
-                loss = objective(model, batch)
-                value = loss.item()
-                if not math.isfinite(value):
-                    raise FloatingPointError(
-                        f"the loss is {value} at step {step + 1} of epoch {epoch + 1}: lower lr "
-                        f"(now {recipe.lr}), or check the images and labels of that batch"
-                    )
-                loss.backward()
-            scale_gradients(parameters, _LOSS_SCALE[recipe.preset])
-            optimizer.step()
-            total += value
+            losses.append(step(model, batch))
+            if not math.isfinite(losses[-1]):
+                raise FloatingPointError(
+                    f"the loss is {losses[-1]} at step {len(losses)} of epoch {epoch + 1}: lower "
+                    f"lr (now {recipe.lr}), or check the images and labels of that batch"
+                )
             bar.update()
-    return total / max(steps, 1)
+    return math.fsum(losses) / max(len(losses), 1)
 
 
-def _score(model: nn.Module, evaluate: Callable[[nn.Module], float]) -> float:
+def _score(model: nn.Module, evaluate: Callable[[nn.Module], float] | None) -> float:
+    if evaluate is None:
+        return math.nan
     model.eval()
     with torch.no_grad():
         return float(evaluate(model))
@@ -264,13 +311,15 @@ class _Run:
     def __init__(
         self,
         parameters: dict[str, nn.Parameter],
-        optimizer: torch.optim.Optimizer,
+        step: Step,
         recipe: Recipe,
+        chooses: bool,
         path: Path | None,
     ) -> None:
         self.parameters = parameters
-        self.optimizer = optimizer
+        self.step = step
         self.recipe = recipe
+        self.chooses = chooses
         self.path = path
         self.history: list[dict[str, float]] = []
         self.best: dict[str, Tensor] = {}
@@ -283,9 +332,9 @@ class _Run:
         return len(self.history) - 1
 
     def record(self, entry: dict[str, float]) -> None:
-        """Adds an epoch (or the start) and keeps its parameters if they are the best."""
+        """Adds an epoch (or the start) and keeps its parameters if they are to be returned."""
         self.history.append(entry)
-        if entry["score"] > self.best_score or not self.best:
+        if entry["score"] > self.best_score or not self.best or not self.chooses:
             self.best = {name: p.detach().clone() for name, p in self.parameters.items()}
             self.best_epoch, self.best_score = self.epoch, entry["score"]
 
@@ -296,13 +345,15 @@ class _Run:
         tensors = {f"best.{name}": tensor for name, tensor in self.best.items()}
         for name, parameter in self.parameters.items():
             tensors[f"current.{name}"] = parameter
-            for key, value in self.optimizer.state[parameter].items():
+            for key, value in self.step.optimizer.state[parameter].items():
                 tensors[f"optimizer.{key}.{name}"] = value
         write_tensors(
             self.path,
             tensors,
             _KIND,
             recipe=asdict(self.recipe),
+            chooses=self.chooses,
+            step=self.step.state,
             history=self.history,
             best_epoch=self.best_epoch,
         )
@@ -319,21 +370,24 @@ class _Run:
             if name.startswith("current.")
         }
         # As it comes back from JSON: tuples are lists.
-        recipe = json.loads(json.dumps(asdict(self.recipe)))
-        if fields["recipe"] != recipe or found != shapes:
+        settings = json.loads(json.dumps([asdict(self.recipe), self.chooses]))
+        if [fields["recipe"], fields["chooses"]] != settings or found != shapes:
             raise ValueError(
-                f"{self.path} is the state of another run (its recipe or parameters differ): "
-                "repeat the call that began it, or delete the file to start anew"
+                f"{self.path} is the state of another run (its recipe, parameters or choice of the "
+                "epoch differ): repeat the call that began it, or delete the file to start anew"
             )
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(tensors[f"current.{name}"])
                 self.best[name] = tensors[f"best.{name}"].to(parameter.device)
-                state = self.optimizer.state[parameter]
-                for key in ("step", "exp_avg", "exp_avg_sq"):
-                    value = tensors[f"optimizer.{key}.{name}"]
-                    # AdamW keeps its step count on the host.
-                    state[key] = value if key == "step" else value.to(parameter.device)
+        for key, value in tensors.items():
+            if key.startswith("optimizer."):
+                _, what, name = key.split(".", 2)
+                parameter = self.parameters[name]
+                # AdamW keeps its step count on the host.
+                place = value.device if what == "step" else parameter.device
+                self.step.optimizer.state[parameter][what] = value.to(place)
+        self.step.state.update(fields["step"])
         self.history = fields["history"]
         self.best_epoch = fields["best_epoch"]
         self.best_score = self.history[self.best_epoch]["score"]
