@@ -232,7 +232,7 @@ def test_head_is_that_of_the_class_names(own, tmp_path, monkeypatch) -> None:
     assert few_shot(*of(own), "--template", "a {} thing", "-o", tmp_path) == 2
     state, classnames, templates = seen[0]
     assert classnames == ("blue", "dark red")
-    assert templates == ["a {} thing"]
+    assert templates == ("a {} thing",)
     assert all(torch.equal(state[name], tensor) for name, tensor in own.base.items())
 
 

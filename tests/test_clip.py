@@ -11,6 +11,7 @@ from atlas_kernels.clip import (
     ImageClassifier,
     build_embedded_model,
     load_embedded_model,
+    preprocess_for,
     save_embedded_model,
     tokenizer_for,
     zero_shot_head,
@@ -188,3 +189,15 @@ def test_missing_open_clip_is_explained(monkeypatch) -> None:
 def test_temperature_is_within_clips_bounds(model: nn.Module) -> None:
     assert 1 < model.logit_scale.exp().item() <= 100 * (1 + 1e-3)
     assert math.isfinite(model.logit_scale.item())
+
+
+def test_preprocess_is_what_the_model_was_trained_with() -> None:
+    from PIL import Image
+
+    size, preprocess = preprocess_for(build_embedded_model(vocab_size=8))
+    assert size == (32, 32)
+    red = preprocess(Image.new("RGB", (90, 50), (255, 0, 0)))
+    assert red.shape == (3, 32, 32)
+    # OpenAI's means and deviations of the three channels.
+    expected = [(1 - 0.48145466) / 0.26862954, -0.4578275 / 0.26130258, -0.40821073 / 0.27577711]
+    assert red[:, 4, 9].tolist() == pytest.approx(expected, abs=1e-6)

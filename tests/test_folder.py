@@ -1,4 +1,4 @@
-"""Folders of images: listing, splits, reading, and the crop."""
+"""Folders of images: listing, splits and names."""
 
 from pathlib import Path
 
@@ -9,132 +9,104 @@ import torch
 pytest.importorskip("torchvision")
 
 from PIL import Image
-from torchvision.transforms import functional as tv
+from torchvision.transforms.functional import to_tensor
 
-from atlas_kernels.data.folder import ImageReader, load_folder, random_crop
+from atlas_kernels.data import Images, LabelledImages
+from atlas_kernels.data.folder import load_folder, split_off
 
 
-def noise(seed: int, height: int = 40, width: int = 40) -> Image.Image:
+def fill(folder: Path, counts: dict[str, int], seed: int = 0) -> None:
     generator = np.random.default_rng(seed)
-    return Image.fromarray(generator.integers(64, 192, (height, width, 3), dtype=np.uint8))
-
-
-def fill(folder: Path, counts: dict[str, int]) -> None:
     for name, count in counts.items():
         (folder / name).mkdir(parents=True)
         for index in range(count):
-            noise(index, 5, 7).save(folder / name / f"{index:03}.png")
+            pixels = generator.integers(0, 256, (5, 7, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{index:03}.png")
 
 
-def to_tensor(image: Image.Image) -> torch.Tensor:
-    return tv.to_tensor(image)
+def contents(images: Images) -> list[bytes]:
+    return [image.numpy().tobytes() for image in images.plain(torch.arange(len(images)))]
 
 
 def test_every_image_is_in_one_part_with_its_folder_as_label(tmp_path) -> None:
-    fill(tmp_path / "train", {"ice_bear": 20, "cat": 7})
+    fill(tmp_path / "train", {"ice_bear": 20, "cat": 7}, seed=0)
     (tmp_path / "train" / "cat" / "notes.txt").write_text("no image")
-    task = load_folder(tmp_path)
-    assert task.classnames == ("cat", "ice bear")
-    for path, label in zip(task.paths, task.labels.tolist(), strict=True):
-        assert Path(path).parent.name.replace("_", " ") == task.classnames[label]
+    task = load_folder(tmp_path, (5, 7), to_tensor, ["a {}", "one {}"])
+    assert (task.name, task.classnames) == (tmp_path.name, ("cat", "ice bear"))
+    assert task.templates == ("a {}", "one {}")
+    label = {
+        to_tensor(Image.open(path)).numpy().tobytes(): int(path.parent.name == "ice_bear")
+        for path in (tmp_path / "train").glob("*/*.png")
+    }
     parts = (task.train, task.validation, task.test)
-    assert sorted(torch.cat(parts).tolist()) == list(range(27))
-    # Of 7 and 20: a fifth for test (1, 4), then a tenth of the rest for validation (1, 2).
-    counts = [task.labels[part].bincount().tolist() for part in parts]
-    assert counts == [[5, 14], [1, 2], [1, 4]]
-    # The same on every call, and not simply the first ones.
-    assert torch.equal(load_folder(tmp_path).test, task.test)
-    assert task.test.tolist() != [0, 7, 8, 9, 10]
+    seen = [content for part in parts for content in contents(part.images)]
+    assert sorted(seen) == sorted(label)
+    assert [label[content] for content in seen] == torch.cat([p.labels for p in parts]).tolist()
+    # 27 // 5 = 5 for test in the ratio of 7 to 20, then 22 // 10 = 2 for validation, one of each.
+    assert [part.labels.bincount().tolist() for part in parts] == [[5, 15], [1, 1], [1, 4]]
+    # The same on every call.
+    again = load_folder(tmp_path, (5, 7), to_tensor).test
+    assert contents(again.images) == contents(task.test.images)
+
+
+def test_a_part_that_is_split_off_is_a_fair_sample() -> None:
+    sizes = [3, 50, 200, 747]
+    labels = torch.arange(4).repeat_interleave(torch.tensor(sizes))
+    part = LabelledImages(Images(1000, lambda i: i, lambda i, _: i), labels)
+    left, taken = split_off(part, 100)
+    both = torch.cat([left.images.plain(torch.arange(900)), taken.images.plain(torch.arange(100))])
+    assert sorted(both.tolist()) == list(range(1000))
+    # A tenth of each; of 3 at least one.
+    assert taken.labels.bincount().tolist() == [1, 5, 20, 74]
+    # Not the first ones of their class, which may be frames of one film.
+    first = taken.images.plain(torch.arange(100))[taken.labels == 3]
+    assert not torch.equal(first, torch.arange(253, 253 + 74))
+    # None without an image, however few are asked for.
+    assert split_off(part, 1)[1].labels.tolist() == [0, 1, 2, 3]
 
 
 def test_given_parts_are_taken_as_they_are(tmp_path) -> None:
-    for part, count in (("train", 3), ("val", 1), ("test", 2)):
-        fill(tmp_path / part, {"a": count, "b": 1})
-    task = load_folder(tmp_path)
+    counts = {"train": 3, "val": 1, "test": 2}
+    for seed, (part, count) in enumerate(counts.items()):
+        fill(tmp_path / part, {"a": count, "b": 1}, seed=seed)
+    task = load_folder(tmp_path, (5, 7), to_tensor)
     for name, part in (("train", task.train), ("val", task.validation), ("test", task.test)):
-        files = {path.name for path in (tmp_path / name).glob("*/*.png")}
-        assert {Path(task.paths[index]).name for index in part.tolist()} == files
-        assert {Path(task.paths[index]).parts[-3] for index in part.tolist()} == {name}
-    assert task.labels[task.train].tolist() == [0, 0, 0, 1]
-    assert task.labels[task.test].tolist() == [0, 0, 1]
+        files = sorted((tmp_path / name).glob("*/*.png"))
+        expected = [to_tensor(Image.open(path)).numpy().tobytes() for path in files]
+        assert contents(part.images) == expected
+        assert part.labels.tolist() == [0] * counts[name] + [1]
+
+
+def test_names_of_classes_from_a_file(tmp_path) -> None:
+    fill(tmp_path / "train", {"n01": 20, "n02": 20})
+    (tmp_path / "classnames.txt").write_text("tench\ngreat white shark\n", encoding="utf-8")
+    assert load_folder(tmp_path, (5, 7), to_tensor).classnames == ("tench", "great white shark")
+    (tmp_path / "classnames.txt").write_text("tench\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"classnames\.txt: 1 class names, .* 2 classes"):
+        load_folder(tmp_path, (5, 7), to_tensor)
+
+
+def test_links_to_folders_are_followed(tmp_path) -> None:
+    fill(tmp_path / "elsewhere", {"a": 3, "b": 3})
+    (tmp_path / "task" / "train").mkdir(parents=True)
+    for name in "ab":
+        (tmp_path / "task" / "train" / name).symlink_to(tmp_path / "elsewhere" / name)
+    assert len(load_folder(tmp_path / "task", (5, 7), to_tensor).test) == 2
 
 
 def test_bad_folders(tmp_path) -> None:
+    def load(folder: Path) -> None:
+        load_folder(folder, (5, 7), to_tensor)
+
     with pytest.raises(FileNotFoundError, match="expected a folder with images in train/CLASS/"):
-        load_folder(tmp_path / "none")
+        load(tmp_path / "none")
+    (tmp_path / "train").mkdir()
+    with pytest.raises(ValueError, match=r"train: its folders hold no image"):
+        load(tmp_path)
     fill(tmp_path / "train", {"a": 1, "b": 1, "hollow": 0})
-    with pytest.raises(ValueError, match=r"train: .*hollow"):
-        load_folder(tmp_path)
+    with pytest.raises(ValueError, match=r"train: folder 'hollow' holds no image"):
+        load(tmp_path)
     (tmp_path / "train" / "hollow").rmdir()
     fill(tmp_path / "val", {"a": 1, "c": 1})
     with pytest.raises(ValueError, match="class 'b' is not in both train and val"):
-        load_folder(tmp_path)
-
-
-def test_all_kinds_of_images_are_read_as_rgb(tmp_path) -> None:
-    image = noise(0)
-    paths = []
-    for mode in ("RGB", "L", "P", "RGBA", "1"):
-        paths.append(str(tmp_path / f"{mode}.png"))
-        image.convert(mode).save(paths[-1])
-    read = ImageReader(paths, (40, 40), to_tensor).plain(torch.tensor([3, 1, 0, 4, 2]))
-    # In the order asked for; RGB and opaque RGBA are the image itself.
-    assert torch.equal(read[0], to_tensor(image))
-    assert torch.equal(read[2], to_tensor(image))
-    grey = to_tensor(image.convert("L"))
-    assert torch.equal(read[1], grey.expand(3, -1, -1))
-    (tmp_path / "broken.png").write_bytes(Path(paths[0]).read_bytes()[:100])
-    with pytest.raises(ValueError, match=r"broken\.png: not a readable image"):
-        ImageReader([str(tmp_path / "broken.png")], (4, 4), to_tensor).plain(torch.tensor([0]))
-
-
-def test_crop_against_torchvision() -> None:
-    image = noise(1)
-    assert random_crop(image, (40, 40), (1.0, 0.5, 0.3, 0.7, 0.9)) == image
-    mirrored = random_crop(image, (40, 40), (1.0, 0.5, 0.3, 0.7, 0.1))
-    assert mirrored == image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    # 0.5 + 0.5 * 0.125 = (30 / 40)^2: 30 of 40 pixels, 3 from the left and 7 from the top.
-    crop = to_tensor(random_crop(image, (32, 37), (0.125, 0.5, 0.3, 0.7, 0.9)))
-    bicubic = tv.InterpolationMode.BICUBIC
-    expected = to_tensor(tv.resized_crop(image, 7, 3, 30, 30, [32, 37], bicubic))
-    # A bicubic kernel reaches two pixels beyond the crop, which torchvision has cut off. Inside,
-    # rows and columns may be resampled in either order: each rounds to 1/2 of 255 levels, and the
-    # second pass adds up to 1.3 times (the sum of its absolute weights) what the first has rounded.
-    inside = (slice(None), slice(3, -3), slice(3, -3))
-    assert (crop[inside] - expected[inside]).abs().max() < 2.5 / 255
-
-
-@pytest.mark.parametrize(("height", "width"), [(1, 1), (9, 300), (300, 9), (61, 47)])
-def test_crops_stay_inside_and_keep_half_of_the_area(height: int, width: int) -> None:
-    # Red is the row and green the column, as shares of 255: what is seen tells where it lies.
-    rows = np.linspace(0, 255, height)[:, None].repeat(width, 1)
-    columns = np.linspace(0, 255, width)[None].repeat(height, 0)
-    image = Image.fromarray(np.stack([rows, columns, 0 * rows], 2).round().astype(np.uint8))
-    generator = torch.Generator().manual_seed(0)
-    for draw in torch.rand(40, 5, generator=generator).tolist():
-        crop = np.asarray(random_crop(image, (16, 16), draw)).astype(float) / 255
-        seen = (np.ptp(crop[..., 0]), np.ptp(crop[..., 1]))
-        flips = crop[8, 0, 1] > crop[8, -1, 1]
-        if min(height, width) > 40:
-            # Half of the area, at most 4/3 from square: at least 1/2 of each side here; the
-            # outermost of 16 samples lie half a sample inside, and bicubic weights blur a little.
-            assert min(seen) > 0.5 * 14 / 16
-            assert flips == (draw[4] < 0.5)
-        assert crop[..., 2].max() == 0
-
-
-def test_augmentation_depends_on_the_generator_alone(tmp_path) -> None:
-    fill(tmp_path / "train", {"a": 24})
-    paths = [str(path) for path in sorted((tmp_path / "train" / "a").iterdir())]
-    reader = ImageReader(paths, (8, 8), to_tensor)
-
-    def batch(seed: int) -> torch.Tensor:
-        return reader.augmented(torch.arange(24), torch.Generator().manual_seed(seed))
-
-    state = torch.get_rng_state()
-    assert torch.equal(batch(1), batch(1))
-    assert not torch.equal(batch(1), batch(2))
-    assert torch.equal(torch.get_rng_state(), state)
-    # One image, many crops: each has draws of its own.
-    same = reader.augmented(torch.zeros(24, dtype=torch.int64), torch.Generator().manual_seed(1))
-    assert len({crop.numpy().tobytes() for crop in same}) > 20
+        load(tmp_path)

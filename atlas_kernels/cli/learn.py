@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from ..bank import TaskVectorBank
+    from ..data import ImageTask, LabelledImages
     from ..learn import Batches, Learned, Recipe
 
 STATE = "training.safetensors"
@@ -323,57 +324,51 @@ def _embedded(arguments: argparse.Namespace) -> _Problem:
 
 
 def _own(arguments: argparse.Namespace) -> _Problem:
-    import open_clip
     import torch
 
     from ..bank import TaskVectorBank
-    from ..clip import build_model
-    from ..data.folder import ImageReader, load_folder
+    from ..clip import build_model, preprocess_for
+    from ..data.folder import load_folder
     from ..learn import ImageBatches, accuracy, oversample, sample_shots
 
-    images = load_folder(arguments.images)
-    _check_shots(images.labels[images.train], images.classnames, arguments.shots)
-    bank = TaskVectorBank.load(arguments.bank)
     clip = build_model(arguments.model)
+    task = load_folder(arguments.images, *preprocess_for(clip), arguments.template)
+    _check_shots(task.train.labels, task.classnames, arguments.shots)
+    bank = TaskVectorBank.load(arguments.bank)
     encoder = _encoder(clip, bank, arguments)
-    head = _head(clip, bank, images.classnames, arguments)
-    size: Any = clip.get_submodule("visual").image_size
-    height, width = size if isinstance(size, tuple) else (size, size)
-    preprocess = open_clip.image_transform((height, width), is_train=False)
-    reader = ImageReader(images.paths, (height, width), preprocess)
+    head = _head(clip, bank, task, arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    labels = images.labels.to(device)
-    shots = sample_shots(images.labels[images.train], arguments.shots, arguments.seed)
+    shots = sample_shots(task.train.labels, arguments.shots, arguments.seed)
     batches = ImageBatches(
-        torch.arange(len(labels)),
-        labels,
+        torch.arange(len(task.train)),
+        task.train.labels.to(device),
         arguments.batch,
-        lambda indices, generator: reader.augmented(indices, generator).to(device),
+        lambda indices, generator: task.train.images.augmented(indices, generator).to(device),
         arguments.seed,
-        oversample(images.train[shots], arguments.batch),
+        oversample(shots, arguments.batch),
     )
 
-    def score(part: Tensor) -> Callable[[nn.Module], float]:
+    def score(part: LabelledImages) -> Callable[[nn.Module], float]:
         return lambda model: accuracy(
             model,
-            part,
-            labels[part],
-            lambda indices: reader.plain(indices).to(device),
+            torch.arange(len(part)),
+            part.labels.to(device),
+            lambda indices: part.images.plain(indices).to(device),
             arguments.batch,
         )
 
     blocks = "an image encoder" if encoder is clip.get_submodule("visual") else "a full CLIP model"
     return _Problem(
-        arguments.images.resolve().name,
-        f"{bank!r}, packed from {blocks}; {len(images.classnames)} classes, "
-        f"{len(images.train)} images to learn from, {len(images.validation)} for validation, "
-        f"{len(images.test)} for test; on {device}",
+        task.name,
+        f"{bank!r}, packed from {blocks}; {len(task.classnames)} classes, "
+        f"{len(task.train)} images to learn from, {len(task.validation)} for validation, "
+        f"{len(task.test)} for test; on {device}",
         encoder,
         bank,
         head,
         batches,
-        score(images.validation),
-        score(images.test),
+        score(task.validation),
+        score(task.test),
         device,
     )
 
@@ -397,7 +392,7 @@ def _encoder(clip: nn.Module, bank: TaskVectorBank, arguments: argparse.Namespac
 
 
 def _head(
-    clip: nn.Module, bank: TaskVectorBank, classnames: Sequence[str], arguments: argparse.Namespace
+    clip: nn.Module, bank: TaskVectorBank, task: ImageTask, arguments: argparse.Namespace
 ) -> Tensor:
     """The zero-shot head of the classes; the text tower comes from files, never from a network."""
     from ..checkpoints import read_state_dict
@@ -415,7 +410,7 @@ def _head(
     tower = {name: tensor for name, tensor in tensors.items() if not name.startswith(_ENCODER)}
     clip_tensors = {**clip.state_dict(), **tower}
     _fill(clip, clip_tensors, f"{source} does not fit {arguments.model}", tuple(tower))
-    return zero_shot_head(clip, classnames, arguments.template)
+    return zero_shot_head(clip, task.classnames, task.templates)
 
 
 def _base(bank: TaskVectorBank) -> dict[str, Tensor]:

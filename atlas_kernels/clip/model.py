@@ -120,6 +120,16 @@ def tokenizer_for(model: nn.Module) -> Tokenizer:
     return cast(Tokenizer, _open_clip().SimpleTokenizer(context_length=model.context_length))
 
 
+def preprocess_for(model: nn.Module) -> tuple[tuple[int, int], Callable[[Any], Tensor]]:
+    """(height, width) of an open_clip model's input, and what makes it of an RGB image.
+
+    The second resizes, crops the centre and normalises as for OpenAI's CLIP.
+    """
+    size = cast(Any, model.get_submodule("visual")).image_size
+    height, width = size if isinstance(size, tuple) else (size, size)
+    return (height, width), _open_clip().image_transform((height, width), is_train=False)
+
+
 def save_embedded_model(
     path: str | os.PathLike[str],
     state_dict: Mapping[str, Tensor],

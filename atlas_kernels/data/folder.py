@@ -2,177 +2,196 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from .images import Images, LabelledImages
+from .reader import ImageReader, open_image
+from .task import ImageTask
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-TEST_SHARE = 0.2
-VALIDATION_SHARE = 0.1
-MIN_SCALE = 0.5
+TEMPLATES = ("a photo of a {}.",)
+CLASSNAMES = "classnames.txt"
+PARTS = {"train": "train", "validation": "val", "test": "test"}
+LAYOUT = "train/CLASS/*.jpg, and likewise val and test"
+
+# Without a folder of its own, a part is one image of so many of train, and no more than so many.
+_SPLIT_OFF = {"test": (5, None), "validation": (10, 5000)}
+_ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
 
 @dataclass(frozen=True)
-class FolderTask:
-    """The images of a folder, by index, with their labels.
+class Listing:
+    """One part of a data set as it lies on the disk: nothing is decoded yet.
 
     Attributes:
-        classnames: the names of the class folders, ``_`` replaced by a space.
-        paths: the files of all parts.
-        labels: int64 [n], one per path, indices into ``classnames``.
-        train, validation, test: int64, disjoint indices into ``paths``.
+        classes: as the files call them.
+        labels: int64 [n], indices into ``classes``.
+        read: an index to the image.
     """
 
-    classnames: tuple[str, ...]
-    paths: tuple[str, ...]
+    classes: tuple[str, ...]
     labels: Tensor
-    train: Tensor
-    validation: Tensor
-    test: Tensor
+    read: Callable[[int], Image]
 
 
-def load_folder(folder: str | Path) -> FolderTask:
-    """Lists ``folder/{train,val,test}/{class}/*``; no image is read.
+def load_folder(
+    folder: str | Path,
+    size: tuple[int, int],
+    preprocess: Callable[[Image], Tensor],
+    templates: Sequence[str] = TEMPLATES,
+) -> ImageTask:
+    """The task of ``folder/{train,val,test}/{class}/*``; no image is decoded yet.
 
-    Without ``test``, a fifth of every class of ``train`` (at least one image) is set apart for it,
-    and without ``val`` a tenth: always the same images.
+    Without ``test`` a fifth of ``train`` is set apart for it, and without ``val`` a tenth (at most
+    5000 images): the same share of every class, at least one image, and always the same ones.
+
+    A class is called as its folder, ``_`` replaced by a space, or as its line of
+    ``folder/classnames.txt`` says: one name per class, in the order of the sorted folders.
+
+    Args:
+        folder: of the images.
+        size: (height, width) of the model's input.
+        preprocess: an RGB image to float [3, height, width], such as
+            ``open_clip.image_transform(size, is_train=False)``.
+        templates: prompts, each with one ``{}`` for the class name.
 
     Raises:
-        ImportError: torchvision is not installed.
         FileNotFoundError: there is no such folder, or no ``train`` in it.
-        ValueError: a class without images, or parts with different classes.
+        ValueError: a class without images, parts with different classes, or a wrong number of
+            class names.
     """
     folder = Path(folder)
-    if not (folder / "train").is_dir():
-        raise FileNotFoundError(f"{folder}: expected a folder with images in train/CLASS/")
-    classes, paths, labels = _listed(folder / "train")
-    parts = {"train": torch.arange(len(paths))}
-    for part in ("val", "test"):
-        if not (folder / part).is_dir():
+    listings = list_parts(folder, PARTS)
+    return assemble(
+        folder.resolve().name, folder, listings, plain_words, templates, size, preprocess
+    )
+
+
+def list_parts(folder: Path, parts: Mapping[str, str]) -> dict[str, Listing]:
+    """The parts that have a folder, by name; ``train`` must."""
+    if not (folder / parts["train"]).is_dir():
+        raise FileNotFoundError(f"{folder}: expected a folder with images in {LAYOUT}")
+    return {
+        part: list_images(folder / its) for part, its in parts.items() if (folder / its).is_dir()
+    }
+
+
+def list_images(
+    folder: Path, class_of: Callable[[tuple[str, ...]], str | None] = lambda path: path[0]
+) -> Listing:
+    """All images in the folders of a folder, sorted by path; links are followed.
+
+    ``class_of`` maps an image's path, relative to ``folder`` and in parts, to the name of its
+    class, or None if it has none. Raises ValueError if a folder holds no image.
+    """
+    found: list[tuple[str, str]] = []
+    filled = set()
+    for place, _, names in os.walk(folder, followlinks=True):
+        parents = Path(place).relative_to(folder).parts
+        images = [n for n in names if n.lower().endswith(_ENDINGS) and not n.startswith(".")]
+        if not parents or not images:
             continue
-        its_classes, its_paths, its_labels = _listed(folder / part)
-        differing = sorted(set(classes) ^ set(its_classes))
+        filled.add(parents[0])
+        for name in images:
+            its = class_of((*parents, name))
+            if its is not None:
+                found.append((its, os.path.join(place, name)))
+    hollow = sorted({entry.name for entry in folder.iterdir() if entry.is_dir()} - filled)
+    if hollow or not found:
+        what = f"folder {hollow[0]!r} holds" if hollow else "its folders hold"
+        raise ValueError(f"{folder}: {what} no image, expected {', '.join(_ENDINGS)}")
+    found.sort()
+    classes = tuple(sorted({name for name, _ in found}))
+    row = {name: index for index, name in enumerate(classes)}
+    paths = [path for _, path in found]
+    labels = torch.tensor([row[name] for name, _ in found])
+    return Listing(classes, labels, lambda index: open_image(paths[index]))
+
+
+def plain_words(classes: Sequence[str]) -> tuple[str, ...]:
+    """Class names for a prompt: ``_`` becomes a space."""
+    return tuple(name.replace("_", " ") for name in classes)
+
+
+def assemble(
+    name: str,
+    folder: Path,
+    listings: Mapping[str, Listing],
+    words: Callable[[Sequence[str]], Sequence[str]],
+    templates: Sequence[str],
+    size: tuple[int, int],
+    preprocess: Callable[[Image], Tensor],
+) -> ImageTask:
+    """The task of a folder's listings, of which at least ``train`` is there; see `load_folder`.
+
+    ``words`` makes class names of ``Listing.classes``, unless ``folder/classnames.txt`` has them.
+    """
+    classes = listings["train"].classes
+    for part, listing in listings.items():
+        differing = sorted(set(classes) ^ set(listing.classes))
         if differing:
             raise ValueError(
                 f"{folder}: class {differing[0]!r} is not in both train and {part}, expected the "
                 "same classes in both"
             )
-        parts[part] = torch.arange(len(paths), len(paths) + len(its_paths))
-        paths, labels = paths + its_paths, labels + its_labels
-    every = torch.tensor(labels)
-    generator = torch.Generator().manual_seed(0)
-    for part, share in (("test", TEST_SHARE), ("val", VALIDATION_SHARE)):
+    parts = {part: readable(listing, size, preprocess) for part, listing in listings.items()}
+    for part, (share, most) in _SPLIT_OFF.items():
         if part not in parts:
-            parts["train"], parts[part] = _divided(parts["train"], every, share, generator)
-    names = tuple(name.replace("_", " ") for name in classes)
-    return FolderTask(names, tuple(paths), every, parts["train"], parts["val"], parts["test"])
-
-
-class ImageReader:
-    """Batches of the model's input from image files, decoded by threads.
-
-    Args:
-        paths: of all images.
-        size: (height, width) of the model's input.
-        preprocess: an RGB image to float [3, height, width].
-    """
-
-    def __init__(
-        self,
-        paths: Sequence[str],
-        size: tuple[int, int],
-        preprocess: Callable[[Image], Tensor],
-    ) -> None:
-        self.paths = paths
-        self.size = size
-        self.preprocess = preprocess
-
-    def plain(self, indices: Tensor) -> Tensor:
-        """Images [b, 3, height, width] of these indices."""
-        return self._stacked(lambda index: self.preprocess(self._read(index)), indices.tolist())
-
-    def augmented(self, indices: Tensor, generator: torch.Generator) -> Tensor:
-        """The same under a random resized crop and, with probability 1/2, mirrored.
-
-        Area of a crop: uniform in [1/2, 1] of the image's; aspect ratio: log-uniform in [3/4, 4/3];
-        bicubic. Source: aTLAS (arXiv 2407.02880), appendix D.
-        """
-        # Drawn before the threads begin: the result does not depend on their order.
-        draws = torch.rand(len(indices), 5, generator=generator).tolist()
-        return self._stacked(
-            lambda index, draw: self.preprocess(random_crop(self._read(index), self.size, draw)),
-            indices.tolist(),
-            draws,
-        )
-
-    def _stacked(self, function: Callable[..., Tensor], *arguments: list[Any]) -> Tensor:
-        with ThreadPoolExecutor() as pool:
-            return torch.stack(list(pool.map(function, *arguments)))
-
-    def _read(self, index: int) -> Image:
-        from PIL import Image
-
-        path = self.paths[index]
-        try:
-            with Image.open(path) as image:
-                return image.convert("RGB")
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-            raise ValueError(f"{path}: not a readable image ({error})") from error
-
-
-def random_crop(image: Image, size: tuple[int, int], draw: Sequence[float]) -> Image:
-    """A crop, enlarged or reduced to ``size`` (height, width), from five numbers in [0, 1).
-
-    They choose area, aspect ratio, horizontal and vertical place, and whether it is mirrored.
-    """
-    from PIL import Image
-
-    area = image.width * image.height * (MIN_SCALE + (1 - MIN_SCALE) * draw[0])
-    ratio = (4 / 3) ** (2 * draw[1] - 1)
-    # A crop larger than the image is cut back to it: there are no pixels outside.
-    width = min((area * ratio) ** 0.5, image.width)
-    height = min((area / ratio) ** 0.5, image.height)
-    left, top = (image.width - width) * draw[2], (image.height - height) * draw[3]
-    crop = image.resize(
-        (size[1], size[0]), Image.Resampling.BICUBIC, (left, top, left + width, top + height)
+            count = len(parts["train"]) // share
+            count = count if most is None else min(count, most)
+            parts["train"], parts[part] = split_off(parts["train"], count)
+    return ImageTask(
+        name,
+        _named(folder / CLASSNAMES, len(classes)) or tuple(words(classes)),
+        tuple(templates),
+        parts["train"],
+        parts["validation"],
+        parts["test"],
     )
-    return crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if draw[4] < 0.5 else crop
 
 
-def _listed(folder: Path) -> tuple[list[str], list[str], list[int]]:
-    """Class names, and the paths of all images with their labels; sorted."""
-    try:
-        from torchvision.datasets import ImageFolder
-    except ImportError as error:
-        raise ImportError(
-            "folders of images need torchvision, which is not installed: run"
-            " pip install 'atlas_kernels[clip]'"
-        ) from error
-    try:
-        found = ImageFolder(str(folder))
-    except FileNotFoundError as error:
-        # It says which classes are empty, not where.
-        raise ValueError(f"{folder}: {error}") from error
-    paths, labels = zip(*found.samples, strict=True)
-    return found.classes, list(paths), list(labels)
+def readable(
+    listing: Listing, size: tuple[int, int], preprocess: Callable[[Image], Tensor]
+) -> LabelledImages:
+    """A listing as the model takes it."""
+    reader = ImageReader(listing.read, size, preprocess)
+    images = Images(len(listing.labels), reader.plain, reader.augmented)
+    return LabelledImages(images, listing.labels)
 
 
-def _divided(
-    indices: Tensor, labels: Tensor, share: float, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """What is left, and a share of every class, at least one."""
-    left, taken = [], []
-    for label in labels[indices].unique():
-        members = indices[labels[indices] == label]
-        members = members[torch.randperm(len(members), generator=generator)]
-        count = max(1, round(share * len(members)))
-        taken.append(members[:count])
-        left.append(members[count:])
-    return torch.cat(left), torch.cat(taken)
+def split_off(part: LabelledImages, count: int) -> tuple[LabelledImages, LabelledImages]:
+    """What is left, and ``count`` images: of every class its share, at least one.
+
+    Always the same ones; more than ``count`` if there are more classes.
+    """
+    shuffled = torch.randperm(len(part), generator=torch.Generator().manual_seed(0))
+    labels = part.labels[shuffled]
+    sizes = labels.bincount()
+    by_class = labels.argsort(stable=True)
+    rank = torch.empty_like(labels)
+    rank[by_class] = torch.arange(len(part)) - (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
+    # Each image's place among those of its class, from 0 to 1: the first places are shares of all.
+    place = torch.where(rank == 0, 0.0, (rank + 0.5) / sizes[labels])
+    order = shuffled[place.argsort(stable=True)]
+    count = max(count, int((sizes > 0).sum()))
+    return part.subset(order[count:].sort().values), part.subset(order[:count].sort().values)
+
+
+def _named(path: Path, count: int) -> tuple[str, ...]:
+    """The lines of a file of class names; () if there is none."""
+    if not path.is_file():
+        return ()
+    names = tuple(path.read_text(encoding="utf-8").split("\n"))
+    names = tuple(name.strip() for name in names if name.strip())
+    if len(names) != count:
+        raise ValueError(f"{path}: {len(names)} class names, but there are {count} classes")
+    return names
