@@ -4,6 +4,7 @@ from .backends import BackendUnavailableError, backends
 from .bank import TaskVectorBank
 from .compose import compose
 from .composed import ComposedModel
+from .linearized import LinearizedModel
 from .low_rank import LowRank
 from .plan import Plan, plan
 from .task_vector import TaskVector
@@ -11,6 +12,7 @@ from .task_vector import TaskVector
 __all__ = [
     "BackendUnavailableError",
     "ComposedModel",
+    "LinearizedModel",
     "LowRank",
     "Plan",
     "TaskVector",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -236,19 +237,32 @@ class TaskVectorBank:
             TypeError, ValueError: ``coef`` does not fit the bank.
             BackendUnavailableError: the backend asked for cannot run here.
         """
-        check_coef(coef, len(self.names), len(self.blocks), self.device)
-        # Here, so that a gradient from several segments is summed before it is rounded.
-        coef = coef.to(torch.float32)
-        composed: dict[str, Tensor] = {}
-        for segment in self.segments:
-            whole = coef.dim() == 1 or len(self.segments) == 1
-            part = coef if whole else coef.index_select(1, segment.index)
-            flat = segment.compose(part, backend)
-            members = (self.blocks[j] for j in segment.columns)
-            composed |= zip(members, segment.layout.split(flat), strict=True)
-        if len(self.segments) > 1:
-            composed = {block: composed[block] for block in self.blocks}
+        composed = self._of_segments(self.segments, coef, backend)
         return multiply(composed, self.constants, self._products) if self._products else composed
+
+    def combine(self, coef: Tensor, *, backend: str = "auto") -> dict[str, Tensor]:
+        """``sum_i coef[i, block] * delta_i[block]``: what `compose` adds to the base.
+
+        Args:
+            coef: as for `compose`.
+            backend: as for `compose`.
+
+        Returns:
+            The sums by block, in the base's dtypes, differentiable (twice) in coef. No base is
+            added and taken off again: sums much smaller than the base keep all their digits.
+
+        Raises:
+            TypeError, ValueError: ``coef`` does not fit the bank, or the bank multiplies factors
+                (``lora="factorwise"``), so that there is no such sum.
+            BackendUnavailableError: the backend asked for cannot run here.
+        """
+        if self._products:
+            raise ValueError(
+                "weights of this bank are products of blocks (lora='factorwise'), which are not "
+                "linear in coef: pack it with lora='product'"
+            )
+        segments = [replace(s, base=torch.zeros_like(s.base)) for s in self.segments]
+        return self._of_segments(segments, coef, backend)
 
     def state_dict(self, coef: Tensor) -> dict[str, Tensor]:
         """The complete composed state dict: composed blocks, constants and tied names."""
@@ -288,6 +302,22 @@ class TaskVectorBank:
             f"checksums.{index}": segment.checksums() for index, segment in enumerate(self.segments)
         }
         write_tensors(path, {**constants, **self._tensors(), **checksums}, _KIND, **self.fields)
+
+    def _of_segments(
+        self, segments: Sequence[Segment | LowRankSegment], coef: Tensor, backend: str
+    ) -> dict[str, Tensor]:
+        """The blocks that segments like the bank's own compose, in the bank's order."""
+        check_coef(coef, len(self.names), len(self.blocks), self.device)
+        # Here, so that a gradient from several segments is summed before it is rounded.
+        coef = coef.to(torch.float32)
+        composed: dict[str, Tensor] = {}
+        for segment in segments:
+            whole = coef.dim() == 1 or len(segments) == 1
+            part = coef if whole else coef.index_select(1, segment.index)
+            flat = segment.compose(part, backend)
+            members = (self.blocks[j] for j in segment.columns)
+            composed |= zip(members, segment.layout.split(flat), strict=True)
+        return composed if len(segments) == 1 else {block: composed[block] for block in self.blocks}
 
     def _tensors(self) -> dict[str, Tensor]:
         tensors = {"errors": self.errors}

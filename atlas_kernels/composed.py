@@ -156,7 +156,7 @@ class ComposedModel(nn.Module):
             return cache.weights
         # Dropped first, so that two composed models are never alive at once.
         self._cache = cache = None
-        weights = self.bank.compose(self.coef)
+        weights = self._compose()
         if records and self._sums:
             weights = {block: self._sums.cut(weight) for block, weight in weights.items()}
         elif records:
@@ -226,6 +226,10 @@ class ComposedModel(nn.Module):
     def extra_repr(self) -> str:
         """Shown by print(model)."""
         return f"bank={self.bank!r}, granularity={self.granularity!r}, memory={self.memory!r}"
+
+    def _compose(self) -> dict[str, Tensor]:
+        """What `weights` keeps: here the composed blocks."""
+        return self.bank.compose(self.coef)
 
     def _drop(self, gradient: Tensor) -> None:
         self._cache = None

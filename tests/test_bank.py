@@ -272,6 +272,35 @@ def test_gradients_of_several_segments_are_summed_before_they_are_rounded() -> N
     assert coef.grad.tolist() == [772.0]
 
 
+@pytest.mark.parametrize("per_block", [True, False])
+def test_combine_is_the_sum_of_deltas_to_its_own_last_digit(per_block: bool) -> None:
+    """On a base so large that adding it and taking it off again would leave nothing."""
+    base = {name: 1e8 * torch.ones(shape) for name, shape in SHAPES.items()}
+    base[next(iter(SHAPES))] = base[next(iter(SHAPES))].bfloat16()
+    vectors = [
+        ak.TaskVector({name: torch.randn(shape) for name, shape in SHAPES.items()}, name=f"t{i}")
+        for i in range(3)
+    ]
+    bank = ak.TaskVectorBank.from_task_vectors(base, vectors, codec="fp32")
+    assert len(bank.segments) == 2
+    coef = torch.randn(3, len(SHAPES)) if per_block else torch.randn(3)
+    coef.requires_grad_()
+    zeros = {name: torch.zeros_like(tensor) for name, tensor in base.items()}
+    columns = coef if per_block else coef.unsqueeze(1).expand(-1, len(SHAPES))
+    combined = bank.combine(coef)
+    expect_composed(combined, zeros, vectors, columns, bank.blocks, torch.float32)
+    # The same derivative as of the composition, bit for bit.
+    cotangents = [torch.randn_like(combined[block]) for block in bank.blocks]
+    gradients = [
+        torch.autograd.grad([result[block] for block in bank.blocks], coef, cotangents)[0]
+        for result in (combined, bank.compose(coef))
+    ]
+    assert same_bits(*gradients)
+    assert gradients[0].abs().min() > 0
+    with pytest.raises(ValueError, match="coef has shape"):
+        bank.combine(torch.zeros(2))
+
+
 def test_order_of_the_tensors_does_not_matter_by_name() -> None:
     base, vectors, bank = make_bank()
     shuffled = {name: base[name] for name in ("head", "body.weight", "stem.bias", "stem.weight")}

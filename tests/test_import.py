@@ -74,7 +74,7 @@ print(sorted(ak.__all__), ak.__version__)
 """,
         tmp_path,
     )
-    expected = ["BackendUnavailableError", "ComposedModel", "LowRank", "Plan"]
+    expected = ["BackendUnavailableError", "ComposedModel", "LinearizedModel", "LowRank", "Plan"]
     expected += ["TaskVector", "TaskVectorBank"]
     assert output.startswith(repr([*expected, "backends", "compose", "plan"]))
     assert list(tmp_path.iterdir()) == []

@@ -261,6 +261,26 @@ def test_product_is_the_dense_sum(
     assert gradient.abs().max() > 1e-2
 
 
+def test_combine_adds_factors_without_the_base() -> None:
+    base = {name: tensor + 1e8 for name, tensor in make_base().items()}
+    vectors = make_vectors()
+    bank = ak.TaskVectorBank.from_task_vectors(base, vectors, codec="fp32")
+    coef = torch.randn(3, len(SHAPES))
+    combined = bank.combine(coef)
+    assert list(combined) == list(SHAPES)
+    for b, (name, ranks) in enumerate(RANKS.items()):
+        present = [i for i in range(3) if ranks[i]]
+        deltas = [vectors[i].deltas[name] for i in present]
+        zero = torch.zeros(SHAPES[name])
+        expected = float64_sum(zero, [exact(delta) for delta in deltas], coef[present, b])
+        allowed = composed_error(zero, expected, deltas, coef[present, b])
+        assert ((combined[name].double() - expected).abs() <= allowed).all(), name
+        assert expected.abs().max() > 1e-3
+    factorwise = factorwise_bank(Net(), net_vectors())
+    with pytest.raises(ValueError, match="lora='product'"):
+        factorwise.combine(torch.zeros(2, len(factorwise.blocks)))
+
+
 def test_zero_coefficients_give_the_base() -> None:
     base, _, bank = make_bank(dtype=torch.bfloat16)
     composed = bank.compose(torch.zeros(3))
