@@ -95,10 +95,12 @@ class OnUse:
         """
         if self._pass is None or not self._pass.serves():
             self._pass = self._new_pass(cut)
+        current = self._pass
         try:
-            with saved_tensors_hooks(self._pass.pack, self._pass.unpack):
+            with saved_tensors_hooks(current.pack, current.unpack):
                 yield
         finally:
+            current.last = None
             if not keep:
                 self._pass = None
 
@@ -198,6 +200,9 @@ class _Pass:
         self._columns: tuple[Tensor, ...] = ()
         self._tokens: dict[int, Tensor] = {}
         self._live: WeakValueDictionary[tuple[int, bool], Tensor] = WeakValueDictionary()
+        # Kept alive until another block is asked for: modules such as nn.MultiheadAttention look
+        # at a weight several times before they use it.
+        self.last: Tensor | None = None
         # Storages of composed blocks: what a tensor must have in common to be a view of one.
         self._storages: WeakKeyDictionary[torch.UntypedStorage, tuple[int, torch.dtype, int]] = (
             WeakKeyDictionary()
@@ -212,6 +217,8 @@ class _Pass:
         records, inference = self._modes
         value = self._live.get((column, records))
         if value is None:
+            # Before another one is made, so that it takes no more memory than a use does.
+            self.last = None
             # Like a parameter, which is the same whatever mode the module reads it in.
             with torch.inference_mode(inference), torch.set_grad_enabled(records):
                 if records:
@@ -222,6 +229,7 @@ class _Pass:
             self._live[column, records] = value
             if not inference:
                 self._storages[value.untyped_storage()] = (column, value.dtype, value._version)
+        self.last = value
         return value
 
     def compose(self, column: int) -> Tensor:

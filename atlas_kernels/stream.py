@@ -77,10 +77,10 @@ class Stream:
             self._buffers.put(_Buffer(size, device))
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="atlas-kernels-stream")
         self._pending: dict[_Piece, Future[_Buffer]] = {}
-        # The block that came after two others the last time. Two, because a backward pass meets the
-        # same blocks from the other side.
-        self._next: dict[tuple[int, int], int] = {}
-        self._last = (-1, -1)
+        # The block that came after three others the last time. Three, because a weight and a bias
+        # follow each other in a layer's forward pass, and in its backward pass.
+        self._next: dict[tuple[int, ...], int] = {}
+        self._last: tuple[int, ...] = (-1, -1, -1)
 
     def compose(self, column: int, coef: Tensor, /) -> Tensor:
         """``base + sum_i coef[i] * delta_i`` [P'] of a block for coef (N,); P' with padding."""
@@ -99,7 +99,7 @@ class Stream:
     def read(self, column: int) -> Iterator[tuple[slice, Segment]]:
         """A block's elements piece by piece, each with a segment that is valid until the next."""
         self._next[self._last] = column
-        self._last = (self._last[1], column)
+        self._last = (*self._last[1:], column)
         for k, piece in enumerate(self._pieces[column]):
             if piece not in self._pending:
                 self._request(column, k)
@@ -160,14 +160,14 @@ class Stream:
 
     def _upcoming(self, column: int, k: int) -> Iterator[_Piece]:
         yield from self._pieces[column][k:]
-        before, now = self._last
+        last = self._last
         # As far as a step that uses every block three times, so that empty blocks come to an end.
         for _ in range(3 * len(self._pieces)):
-            following = self._next.get((before, now))
+            following = self._next.get(last)
             if following is None:
                 return
             yield from self._pieces[following]
-            before, now = now, following
+            last = (*last[1:], following)
 
     def _discard(self, future: Future[_Buffer]) -> None:
         def give_back(done: Future[_Buffer]) -> None:

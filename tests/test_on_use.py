@@ -5,6 +5,8 @@ import copy
 import io
 import pickle
 from collections.abc import Callable
+from functools import partialmethod
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +22,8 @@ from torch.utils.checkpoint import checkpoint
 import atlas_kernels as ak
 from atlas_kernels.demo.assets import load_model
 from atlas_kernels.memory import PeakMemory
+from atlas_kernels.on_use import ResidentBlocks
+from atlas_kernels.stream import Stream
 
 
 class Tied(nn.Module):
@@ -374,6 +378,51 @@ def test_a_block_is_composed_once_while_it_is_alive() -> None:
         recompute(x)
     assert calls["bank_compose"] == 1
     assert_close(step(recompute, x)[1], step(whole, x)[1])
+
+
+@pytest.mark.parametrize("memory", ["recompute", "stream"])
+def test_a_block_that_a_module_looks_at_repeatedly_is_composed_once(
+    memory: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """nn.MultiheadAttention asks for its weight three times before it uses it."""
+    module = transformer()
+    path = tmp_path / "bank.safetensors"
+    bank_of(module).save(path)
+    model = ak.ComposedModel(module, ak.TaskVectorBank.load(path), memory=memory)
+    source = {"recompute": ResidentBlocks, "stream": Stream}[memory]
+    calls: list[tuple[str, str]] = []
+    for method in ("compose", "coef_grad"):
+
+        def counting(
+            self: Any, column: int, tensor: Tensor, method: str = method, original: Any = None
+        ) -> Tensor:
+            calls.append((method, model.bank.blocks[column]))
+            result: Tensor = original(self, column, tensor)
+            return result
+
+        original = getattr(source, method)
+        monkeypatch.setattr(source, method, partialmethod(counting, original=original))
+    matrices = [name for name, p in module.named_parameters() if p.dim() == 2]
+    assert len(matrices) == 4
+    x = torch.randn(2, 5, 12, requires_grad=True)
+    output = model(x)
+    forward = [call for call in calls if call[1] in matrices]
+    assert sorted(forward) == sorted(("compose", name) for name in matrices)
+    calls.clear()
+    output.square().sum().backward()
+    backward = [call for call in calls if call[1] in matrices]
+    assert sorted(backward) == sorted((m, n) for m in ("compose", "coef_grad") for n in matrices)
+
+
+def test_nothing_composed_outlives_the_forward_pass() -> None:
+    _, model = models(nn.Linear(64, 64, bias=False))
+    x = torch.ones(1, 64)
+    for context in (contextlib.nullcontext, model.composed_once):
+        with context(), PeakMemory() as memory:
+            output = model(x)
+            # The output, the coefficients' copies; the block has 16 KiB.
+            assert memory.live < 4096
+        assert output.requires_grad
 
 
 class OtherUses(nn.Module):

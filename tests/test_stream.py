@@ -142,9 +142,9 @@ def test_the_next_blocks_are_read_ahead(tmp_path: Path, monkeypatch: pytest.Monk
             stream.compose(column, coef)
         return late
 
-    assert step() > 2
+    assert step() > 3
     # What follows the end of a step is known once a step has followed another.
-    assert step() <= 2
+    assert step() <= 3
     assert step() == 0
 
 
@@ -315,6 +315,36 @@ def test_models_learn_alike_in_every_mode(codec: str, granularity: Any, tmp_path
     with torch.no_grad():
         whole.coef.copy_(model.coef)
     assert torch.equal(merged(x), whole.merge()(x))
+
+
+def test_nothing_is_read_in_vain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once a step has been seen, what is read ahead is what comes next."""
+    torch.manual_seed(6)
+    layers = (
+        nn.TransformerEncoderLayer(48, 3, dim_feedforward=96, dropout=0.0, batch_first=True)
+        for _ in range(3)
+    )
+    module = nn.Sequential(*layers)
+    base = {name: p.detach() for name, p in module.named_parameters()}
+    delta = ak.TaskVector({name: torch.randn_like(p) for name, p in base.items()})
+    bank = ak.TaskVectorBank.pack(tmp_path / "bank.safetensors", module, {"t": delta})
+    model = ak.ComposedModel(module, bank, memory="stream")
+    wasted: list[object] = []
+    discard = Stream._discard
+
+    def counting(self: Stream, future: Any) -> None:
+        wasted.append(future)
+        discard(self, future)
+
+    monkeypatch.setattr(Stream, "_discard", counting)
+    x = torch.randn(2, 5, 48)
+    # The first step teaches the order, the second what follows its end.
+    for _ in range(2):
+        step(model, x)
+    wasted.clear()
+    for _ in range(2):
+        step(model, x)
+    assert not wasted
 
 
 def test_memory_of_a_step_is_constant_in_the_number_of_vectors(
