@@ -243,7 +243,7 @@ def test_head_is_that_of_the_class_names(own, tmp_path, monkeypatch) -> None:
         (("--task", TASK, "--shots", 9999), "--shots is 9999, but class 'zero' has"),
         (("--shots", 0), "--shots is 0, expected 1 or more"),
         (("--batch", -1), "--batch is -1"),
-        (("--epochs", -1), "epochs and weight_decay must be >= 0"),
+        (("--epochs", -1), "epochs, weight_decay and warmup must be >= 0"),
         (("--lr", 0), "lr > 0"),
         (("--codec", "int99"), "unknown codec 'int99'"),
         (("--memory", "none"), "argument --memory: invalid choice: 'none'"),

@@ -1,5 +1,7 @@
-"""Images: the embedded tasks of the demo, preprocessing and augmentation."""
+"""Images: the embedded tasks, and those on the user's disk; preprocessing and augmentation."""
 
+from .catalog import CATALOG, load_images
+from .folder import load_folder
 from .images import Images, LabelledImages
 from .task import ImageTask, embedded_task
 from .tasks import (
@@ -15,6 +17,7 @@ from .tasks import (
 )
 
 __all__ = [
+    "CATALOG",
     "SHIFTS",
     "ImageTask",
     "Images",
@@ -24,6 +27,8 @@ __all__ = [
     "augment",
     "dataset_names",
     "embedded_task",
+    "load_folder",
+    "load_images",
     "load_task",
     "preprocess",
     "pretraining_split",

@@ -14,6 +14,7 @@ from torch import Tensor
 from .images import Images, LabelledImages
 from .reader import ImageReader, open_image
 from .task import ImageTask
+from .words import plain
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -71,9 +72,7 @@ def load_folder(
     """
     folder = Path(folder)
     listings = list_parts(folder, PARTS)
-    return assemble(
-        folder.resolve().name, folder, listings, plain_words, templates, size, preprocess
-    )
+    return assemble(folder.resolve().name, folder, listings, plain, templates, size, preprocess)
 
 
 def list_parts(folder: Path, parts: Mapping[str, str]) -> dict[str, Listing]:
@@ -115,11 +114,6 @@ def list_images(
     paths = [path for _, path in found]
     labels = torch.tensor([row[name] for name, _ in found])
     return Listing(classes, labels, lambda index: open_image(paths[index]))
-
-
-def plain_words(classes: Sequence[str]) -> tuple[str, ...]:
-    """Class names for a prompt: ``_`` becomes a space."""
-    return tuple(name.replace("_", " ") for name in classes)
 
 
 def assemble(
