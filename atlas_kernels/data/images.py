@@ -34,6 +34,14 @@ class Images:
             lambda chosen, generator: self.augmented(indices[chosen], generator),
         )
 
+    def to(self, device: torch.device | str) -> Images:
+        """The same images, with the model's input on ``device``."""
+        return Images(
+            self.count,
+            lambda chosen: self.plain(chosen).to(device),
+            lambda chosen, generator: self.augmented(chosen, generator).to(device),
+        )
+
 
 @dataclass(frozen=True)
 class LabelledImages:
@@ -57,3 +65,7 @@ class LabelledImages:
     def subset(self, indices: Tensor) -> LabelledImages:
         """The examples at ``indices`` (int64 [n], repeats allowed)."""
         return LabelledImages(self.images.subset(indices), self.labels[indices])
+
+    def to(self, device: torch.device | str) -> LabelledImages:
+        """The same examples, with labels and the model's input on ``device``."""
+        return LabelledImages(self.images.to(device), self.labels.to(device))

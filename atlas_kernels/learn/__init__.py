@@ -1,5 +1,15 @@
 """Learning coefficients: one trainer, and the methods that use it."""
 
+from .adapters import (
+    TIP_FROZEN,
+    TIP_JOINT,
+    Adapted,
+    LPPlusPlus,
+    TipAdapter,
+    load_adapter,
+    lp_plus_plus,
+    tip_adapter,
+)
 from .arithmetic import (
     ADDITION,
     NEGATION,
@@ -12,7 +22,7 @@ from .arithmetic import (
     search_negation,
     weights_only,
 )
-from .few_shot import ImageBatches, accuracy, classify, oversample, sample_shots
+from .few_shot import ImageBatches, accuracy, classify, features, oversample, sample_shots
 from .search import GRID, isotropic, search, single_vector
 from .trainer import Batches, Learned, Objective, Recipe, learn
 
@@ -20,19 +30,27 @@ __all__ = [
     "ADDITION",
     "GRID",
     "NEGATION",
+    "TIP_FROZEN",
+    "TIP_JOINT",
+    "Adapted",
     "Batches",
     "ImageBatches",
     "JointTask",
+    "LPPlusPlus",
     "Learned",
     "Objective",
     "Outcome",
     "Penalty",
     "Recipe",
+    "TipAdapter",
     "accuracy",
     "add",
     "classify",
+    "features",
     "isotropic",
     "learn",
+    "load_adapter",
+    "lp_plus_plus",
     "negate",
     "oversample",
     "sample_shots",
@@ -40,5 +58,6 @@ __all__ = [
     "search_addition",
     "search_negation",
     "single_vector",
+    "tip_adapter",
     "weights_only",
 ]

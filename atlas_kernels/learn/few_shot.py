@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, normalize
+
+from ..data import Images
 
 Transform = Callable[[Tensor, torch.Generator], Tensor]
 
@@ -108,3 +110,39 @@ def accuracy(
         for part, expected in zip(images.split(batch_size), labels.split(batch_size), strict=True):
             correct += int((model(transform(part)).argmax(1) == expected).sum())
     return correct / len(labels)
+
+
+def features(
+    encoder: nn.Module,
+    images: Images,
+    generator: torch.Generator | None = None,
+    batch_size: int = 500,
+) -> Tensor:
+    """The features of all images in their order, float32 [n, d] of unit length.
+
+    Without gradients, in eval mode; on the encoder's device.
+
+    Args:
+        encoder: images to features [b, d].
+        images: at least one.
+        generator: draws an augmented view of each image; without, images are plain.
+        batch_size: images at a time.
+
+    Example:
+        >>> import torch
+        >>> from atlas_kernels.data import Images
+        >>> from atlas_kernels.learn import features
+        >>> inputs = torch.tensor([[3.0, 4.0], [0.0, 2.0]])
+        >>> images = Images(2, lambda chosen: inputs[chosen], lambda chosen, _: inputs[chosen])
+        >>> features(torch.nn.Identity(), images).tolist()
+        [[0.6000000238418579, 0.800000011920929], [0.0, 1.0]]
+    """
+    if not len(images):
+        raise ValueError("features need at least one image")
+    encoder.eval()
+    parts = []
+    with torch.no_grad():
+        for chosen in torch.arange(len(images)).split(batch_size):
+            part = images.augmented(chosen, generator) if generator else images.plain(chosen)
+            parts.append(normalize(encoder(part).float(), dim=-1))
+    return torch.cat(parts)
