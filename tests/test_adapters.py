@@ -20,12 +20,14 @@ from atlas_kernels.data import Images, LabelledImages
 from atlas_kernels.learn import (
     TIP_FROZEN,
     TIP_JOINT,
+    Adapted,
     LPPlusPlus,
     TipAdapter,
     features,
     load_adapter,
     lp_plus_plus,
     tip_adapter,
+    trainer,
 )
 from atlas_kernels.learn.adapters import lp_rates
 
@@ -236,7 +238,7 @@ def test_what_is_not_better_than_the_classifier_is_the_classifier(method: str) -
     own = LabelledImages(VALIDATION.images, model(inputs).argmax(1))
     expected = model(inputs).detach()
     if method == "lp++":
-        adapted = lp_plus_plus(model, SHOTS, own, epochs=20)
+        adapted = lp_plus_plus(model, SHOTS, own, epochs=20, progress=False)
     else:
         recipe = JOINT if method == "joint" else FROZEN
         adapted = tip_adapter(
@@ -253,7 +255,7 @@ def test_what_is_not_better_than_the_classifier_is_the_classifier(method: str) -
 def test_adapters_help_and_the_kept_model_has_the_best_score(method: str) -> None:
     model = make_model()
     if method == "lp++":
-        adapted = lp_plus_plus(model, SHOTS, VALIDATION, epochs=30)
+        adapted = lp_plus_plus(model, SHOTS, VALIDATION, epochs=30, progress=False)
     else:
         recipe = replace(TIP_JOINT if method == "joint" else TIP_FROZEN, epochs=5)
         adapted = tip_adapter(
@@ -279,7 +281,7 @@ def test_the_learned_coefficients_stay_with_frozen_adapters() -> None:
     model = make_started()
     for adapted in (
         tip_adapter(model, SHOTS, VALIDATION, FROZEN, joint=False, progress=False),
-        lp_plus_plus(model, SHOTS, VALIDATION, epochs=10),
+        lp_plus_plus(model, SHOTS, VALIDATION, epochs=10, progress=False),
     ):
         assert torch.equal(coef_of(model), torch.full((3, 4), 0.1))
         assert adapted.model.get_submodule("encoder") is model.encoder
@@ -355,7 +357,7 @@ def test_lp_steps_alpha_every_tenth_epoch_along_all_gradients_so_far(
 
     monkeypatch.setattr("atlas_kernels.learn.adapters._accuracy", rising)
     model = make_model()
-    lp_plus_plus(model, SHOTS, VALIDATION)
+    lp_plus_plus(model, SHOTS, VALIDATION, progress=False)
     assert len(seen) == 301  # The start, and every epoch.
     alphas = [state["alpha"] for state in seen]
     changes = [i for i in range(1, 301) if not torch.equal(alphas[i], alphas[i - 1])]
@@ -376,7 +378,7 @@ def test_lp_steps_alpha_every_tenth_epoch_along_all_gradients_so_far(
     "run",
     [
         lambda m: tip_adapter(m, SHOTS, VALIDATION, JOINT, batch_size=12, progress=False),
-        lambda m: lp_plus_plus(m, SHOTS, VALIDATION, epochs=20),
+        lambda m: lp_plus_plus(m, SHOTS, VALIDATION, epochs=20, progress=False),
     ],
 )
 def test_saved_adapters_come_back_and_leave_the_coefficients_alone(
@@ -402,20 +404,39 @@ def test_saved_adapters_come_back_and_leave_the_coefficients_alone(
         load_adapter(tmp_path / "coefficients.safetensors")
 
 
-def test_runs_repeat_bit_for_bit_and_resume(tmp_path: Path) -> None:
-    results = []
-    for resume in (None, tmp_path / "run.safetensors", tmp_path / "run.safetensors"):
+@pytest.mark.parametrize("method", ["tip", "lp++"])
+def test_runs_repeat_bit_for_bit_and_resume(method: str, tmp_path: Path) -> None:
+    def run(resume: Path | None) -> tuple[Adapted, Tensor]:
         model = make_model()
-        adapted = tip_adapter(
-            model, SHOTS, VALIDATION, JOINT, batch_size=12, resume=resume, progress=False
-        )
-        results.append((coef_of(model), adapted.adapter.state_dict(), adapted.score))
-    for coef, state, its_score in results[1:]:
-        assert torch.equal(coef, results[0][0])
-        assert all(torch.equal(value, results[0][1][name]) for name, value in state.items())
-        assert its_score == results[0][2]
-    first, second = (lp_plus_plus(make_model(), SHOTS, VALIDATION, epochs=20) for _ in range(2))
-    assert torch.equal(first.adapter.weight, second.adapter.weight)
+        options = {"resume": resume, "progress": False}
+        if method == "tip":
+            recipe = replace(JOINT, epochs=3)
+            adapted = tip_adapter(model, SHOTS, VALIDATION, recipe, batch_size=12, **options)
+        else:
+            adapted = lp_plus_plus(model, SHOTS, VALIDATION, epochs=25, **options)
+        return adapted, coef_of(model)
+
+    whole, whole_coef = run(None)
+    original, file = trainer._Run.save, tmp_path / "run.safetensors"
+    stop = 2 if method == "tip" else 14  # Between two steps of alpha.
+
+    def save(self: trainer._Run) -> None:
+        original(self)
+        if self.epoch == stop:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer._Run, "save", save)
+        with pytest.raises(KeyboardInterrupt):
+            run(file)
+    resumed, resumed_coef = run(file)
+    assert torch.equal(resumed_coef, whole_coef)
+    assert resumed.score == whole.score
+    assert resumed.learned.epoch == whole.learned.epoch
+    for name, value in whole.adapter.state_dict().items():
+        assert torch.equal(value, resumed.adapter.state_dict()[name])
+    for ours, theirs in zip(resumed.learned.history[1:], whole.learned.history[1:], strict=True):
+        assert (ours["loss"], ours["score"]) == (theirs["loss"], theirs["score"])
 
 
 def test_bad_arguments_are_refused() -> None:

@@ -7,20 +7,20 @@ one task, and is saved apart from the coefficients.
 from __future__ import annotations
 
 import math
-import time
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, normalize, one_hot
+from torch.nn.functional import normalize, one_hot
 
 from ..checkpoints import parts_of, read_tensors, write_tensors
 from ..clip import ImageClassifier
 from ..data import Images, LabelledImages
 from .few_shot import ImageBatches, accuracy, classify, features, oversample
-from .trainer import Learned, Recipe, learn
+from .trainer import Learned, Objective, Recipe, learn
 
 _KIND = "adapter"
 
@@ -294,9 +294,7 @@ def tip_adapter(
     learned = learn(
         learner,
         classify,
-        ImageBatches(
-            torch.arange(len(train)), train.labels, batch_size, train.images.augmented, recipe.seed
-        ),
+        _batches(train, batch_size, recipe.seed),
         recipe,
         evaluate=lambda candidate: _accuracy(candidate, validation, batch_size),
         resume=resume,
@@ -319,6 +317,8 @@ def lp_plus_plus(
     epochs: int = 300,
     seed: int = 0,
     batch_size: int = 500,
+    resume: str | Path | None = None,
+    progress: bool = True,
 ) -> Adapted:
     """Learns an `LPPlusPlus` adapter on the encoder's features, which stay as they are.
 
@@ -334,6 +334,8 @@ def lp_plus_plus(
         epochs: steps.
         seed: of the augmented views and of the start.
         batch_size: images at a time, when features are computed.
+        resume: as for `learn`.
+        progress: as for `learn`.
 
     Raises:
         ValueError: labels or features do not fit the head.
@@ -349,37 +351,27 @@ def lp_plus_plus(
     shots, validation = (part.to(head.device) for part in (shots, validation))
     start = _accuracy(model, validation, batch_size)
     generator = torch.Generator().manual_seed(seed)
-    support = features(encoder, shots.images, generator, batch_size)
+    shots = _frozen(encoder, shots, batch_size, generator)
     validation = _frozen(encoder, validation, batch_size)
+    support = shots.images.plain(torch.arange(len(shots)))
     adapter = LPPlusPlus.start(head, support, shots.labels, seed)
     rate, alpha_rate = lp_rates(head, support)
-    optimizer = torch.optim.SGD([adapter.weight, adapter.bias], rate, momentum=0.9)
-    slopes = torch.zeros_like(adapter.alpha)
-    score = _accuracy(adapter, validation, batch_size)
-    history = [{"loss": math.nan, "score": score, "seconds": 0.0}]
-    best, best_epoch = _copied(adapter), 0
-    for epoch in range(1, epochs + 1):
-        started = time.perf_counter()
-        loss = cross_entropy(adapter(support), shots.labels)
-        value = loss.item()
-        if not math.isfinite(value):
-            raise FloatingPointError(f"the loss of LP++ is {value} at epoch {epoch}")
-        adapter.weight.grad, adapter.bias.grad, slope = torch.autograd.grad(
-            loss, (adapter.weight, adapter.bias, adapter.alpha)
-        )
-        optimizer.step()
-        slopes += slope
-        if epoch % _ALPHA_EVERY == 0:
-            with torch.no_grad():
-                adapter.alpha.sub_(alpha_rate * slopes)
-        score = _accuracy(adapter, validation, batch_size)
-        history.append({"loss": value, "score": score, "seconds": time.perf_counter() - started})
-        if score > history[best_epoch]["score"]:
-            best, best_epoch = _copied(adapter), epoch
-    best_score = history[best_epoch]["score"]
-    learned = Learned(best, best_epoch, best_score, history)
-    kept = LPPlusPlus(head, **best) if best_score > start else LPPlusPlus.zero_shot(head)
-    return Adapted(_with_adapter(encoder, kept).eval(), start, max(start, best_score), learned)
+    learned = learn(
+        adapter,
+        classify,
+        _batches(shots, len(shots), seed),
+        Recipe(epochs, rate, 0.0, "constant", seed=seed, lrs=(("alpha", alpha_rate),)),
+        evaluate=lambda candidate: _accuracy(candidate, validation, batch_size),
+        resume=resume,
+        progress=progress,
+        description="LP++",
+        step=_LPStep,
+    )
+    if learned.score <= start:
+        adapter = LPPlusPlus.zero_shot(head)
+    return Adapted(
+        _with_adapter(encoder, adapter).eval(), start, max(start, learned.score), learned
+    )
 
 
 def lp_rates(head: Tensor, features: Tensor) -> tuple[float, float]:
@@ -394,8 +386,35 @@ def lp_rates(head: Tensor, features: Tensor) -> tuple[float, float]:
     return 4 * count / largest, count / (4 * squares.max().item())
 
 
-def _copied(adapter: Adapter) -> dict[str, Tensor]:
-    return {name: parameter.detach().clone() for name, parameter in adapter.named_parameters()}
+class _LPStep:
+    """SGD of W and b; every tenth time alpha moves too, along the sum of all its gradients."""
+
+    def __init__(
+        self, parameters: dict[str, nn.Parameter], objective: Objective, recipe: Recipe
+    ) -> None:
+        self.objective = objective
+        linear, alpha = [parameters["weight"], parameters["bias"]], [parameters["alpha"]]
+        self.optimizer: torch.optim.Optimizer = torch.optim.SGD(
+            [
+                {"params": linear, "initial_lr": recipe.lr, "momentum": 0.9},
+                # Momentum 1 is the sum.
+                {"params": alpha, "initial_lr": dict(recipe.lrs)["alpha"], "momentum": 1.0},
+            ],
+            recipe.lr,
+        )
+        self.state: dict[str, Any] = {"steps": 0}
+
+    def __call__(self, model: nn.Module, batch: Any) -> float:
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self.objective(model, batch)
+        value = loss.item()
+        if math.isfinite(value):
+            loss.backward()
+            self.state["steps"] += 1
+            if self.state["steps"] % _ALPHA_EVERY:
+                self.optimizer.param_groups[1]["lr"] = 0.0
+            self.optimizer.step()
+        return value
 
 
 def _with_adapter(encoder: nn.Module, adapter: nn.Module) -> nn.Sequential:
@@ -414,6 +433,11 @@ def _frozen(
         len(computed), lambda chosen: computed[chosen], lambda chosen, _: computed[chosen]
     )
     return LabelledImages(held, images.labels)
+
+
+def _batches(part: LabelledImages, batch_size: int, seed: int) -> ImageBatches:
+    indices = torch.arange(len(part))
+    return ImageBatches(indices, part.labels, batch_size, part.images.augmented, seed)
 
 
 def _accuracy(model: nn.Module, part: LabelledImages, batch_size: int) -> float:
