@@ -64,6 +64,13 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
         "inspect", _inspect, "describe a file: vector, bank, coefficients, state dict"
     )
     inspect.add_argument("file", metavar="FILE", type=Path)
+    for parser in (diff, bank, inspect):
+        parser.add_argument(
+            "--allow-pickle",
+            action="store_true",
+            help="also read whole pickled models, such as zeroshot.pt, from people you trust; only "
+            "their tensors are taken, and their code is neither needed nor run",
+        )
     inspect.add_argument(
         "--picture", metavar="PNG", type=Path, help="of a bank: bits and error of every block"
     )
@@ -77,8 +84,8 @@ def _diff(arguments: argparse.Namespace) -> None:
     from ..task_vector import TaskVector
 
     vector = TaskVector.from_state_dicts(
-        read_state_dict(arguments.base),
-        read_state_dict(arguments.finetuned),
+        read_state_dict(arguments.base, allow_pickle=arguments.allow_pickle),
+        read_state_dict(arguments.finetuned, allow_pickle=arguments.allow_pickle),
         getattr(torch, _DTYPES[arguments.dtype]),
         arguments.name or output.stem,
     )
@@ -98,7 +105,7 @@ def _bank(arguments: argparse.Namespace) -> None:
 
     bank = TaskVectorBank.pack(
         output,
-        read_state_dict(arguments.base),
+        read_state_dict(arguments.base, allow_pickle=arguments.allow_pickle),
         [
             TaskVector.from_peft(path) if path.is_dir() else TaskVector.load(path)
             for path in arguments.vectors
@@ -134,7 +141,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
         kind, fields = "", {}
         tensors = {
             name: (str(tensor.dtype).removeprefix("torch."), list(tensor.shape))
-            for name, tensor in read_state_dict(path).items()
+            for name, tensor in read_state_dict(path, allow_pickle=arguments.allow_pickle).items()
         }
     stored = size(path.stat().st_size)
     if kind == "task_vector":
