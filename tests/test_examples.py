@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 MODULES = (
-    "backends", "bank", "compose", "composed", "data.out_of_domain", "data.task",
-    "learn.adapters", "learn.few_shot", "linearized", "low_rank", "memory", "plan", "task_vector",
+    "backends", "bank", "compose", "composed", "data.out_of_domain", "data.task", "learn.adapters",
+    "learn.few_shot", "learn.finetune", "linearized", "low_rank", "memory", "plan", "task_vector",
 )  # fmt: skip
 
 

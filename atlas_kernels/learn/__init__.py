@@ -23,30 +23,48 @@ from .arithmetic import (
     weights_only,
 )
 from .few_shot import ImageBatches, accuracy, classify, features, oversample, sample_shots
+from .finetune import (
+    FINETUNING,
+    LORA_FINETUNING,
+    LORA_TARGETS,
+    FullTuning,
+    LinearTuning,
+    LoraTuning,
+    Tuning,
+    finetune,
+)
 from .search import GRID, isotropic, search, single_vector
 from .trainer import Batches, Learned, Objective, Recipe, learn
 
 __all__ = [
     "ADDITION",
+    "FINETUNING",
     "GRID",
+    "LORA_FINETUNING",
+    "LORA_TARGETS",
     "NEGATION",
     "TIP_FROZEN",
     "TIP_JOINT",
     "Adapted",
     "Batches",
+    "FullTuning",
     "ImageBatches",
     "JointTask",
     "LPPlusPlus",
     "Learned",
+    "LinearTuning",
+    "LoraTuning",
     "Objective",
     "Outcome",
     "Penalty",
     "Recipe",
     "TipAdapter",
+    "Tuning",
     "accuracy",
     "add",
     "classify",
     "features",
+    "finetune",
     "isotropic",
     "learn",
     "load_adapter",
