@@ -17,6 +17,7 @@ from .compose import check_coef
 from .factorwise import factor_names, multiply
 from .low_rank import LowRankSegment
 from .packing import Lora, Packing, Patterns
+from .partition import tile_keys
 from .segment import Segment
 from .task_vector import TaskVector
 
@@ -86,6 +87,7 @@ class TaskVectorBank:
                 codecs[column] = codec
         self.segments = tuple(segments)
         self.codecs = tuple(codecs)
+        self._keys: dict[int, list[Tensor]] = {}
         self._products: dict[str, float] = fields.get("products", {})
         factors = {name for weight in self._products for name in factor_names(weight)}
         self.weights = (*(b for b in self.blocks if b not in factors), *self._products)
@@ -221,12 +223,17 @@ class TaskVectorBank:
         found |= {weight: self.constants[weight] for weight in self._products}
         return {name: found[name] for name in self.weights}
 
-    def compose(self, coef: Tensor, *, backend: str = "auto") -> dict[str, Tensor]:
+    def compose(self, coef: Tensor, *, backend: str = "auto", seed: int = 0) -> dict[str, Tensor]:
         """``base[block] + sum_i coef[i, block] * delta_i[block]``, all blocks in one pass.
 
+        With coefficients of K groups, element e of a block has ``coef[i, block, group(e)]``: aTLAS
+        x K (arXiv 2407.02880, section 6.2). Groups are random, about equal in size, the same for
+        all task vectors, and follow from ``seed``, the block's name and e (see `partition`).
+
         Args:
-            coef: (N, B) or (N,), floating point, on the bank's device.
+            coef: (N, B), (N,) or (N, B, K), 1 <= K <= 4096; floating point, on the bank's device.
             backend: as for `atlas_kernels.compose`.
+            seed: of the partition; any integer.
 
         Returns:
             The composed ``weights`` by name, in the base's dtypes, differentiable (twice) in coef.
@@ -237,15 +244,16 @@ class TaskVectorBank:
             TypeError, ValueError: ``coef`` does not fit the bank.
             BackendUnavailableError: the backend asked for cannot run here.
         """
-        composed = self._of_segments(self.segments, coef, backend)
+        composed = self._of_segments(self.segments, coef, backend, seed)
         return multiply(composed, self.constants, self._products) if self._products else composed
 
-    def combine(self, coef: Tensor, *, backend: str = "auto") -> dict[str, Tensor]:
+    def combine(self, coef: Tensor, *, backend: str = "auto", seed: int = 0) -> dict[str, Tensor]:
         """``sum_i coef[i, block] * delta_i[block]``: what `compose` adds to the base.
 
         Args:
             coef: as for `compose`.
-            backend: as for `compose`.
+            backend: likewise.
+            seed: likewise.
 
         Returns:
             The sums by block, in the base's dtypes, differentiable (twice) in coef. No base is
@@ -262,12 +270,12 @@ class TaskVectorBank:
                 "linear in coef: pack it with lora='product'"
             )
         segments = [replace(s, base=torch.zeros_like(s.base)) for s in self.segments]
-        return self._of_segments(segments, coef, backend)
+        return self._of_segments(segments, coef, backend, seed)
 
-    def state_dict(self, coef: Tensor) -> dict[str, Tensor]:
+    def state_dict(self, coef: Tensor, *, seed: int = 0) -> dict[str, Tensor]:
         """The complete composed state dict: composed blocks, constants and tied names."""
         with torch.no_grad():
-            composed = self.compose(coef)
+            composed = self.compose(coef, seed=seed)
         return {
             **self.constants,
             **composed,
@@ -304,20 +312,30 @@ class TaskVectorBank:
         write_tensors(path, {**constants, **self._tensors(), **checksums}, _KIND, **self.fields)
 
     def _of_segments(
-        self, segments: Sequence[Segment | LowRankSegment], coef: Tensor, backend: str
+        self, segments: Sequence[Segment | LowRankSegment], coef: Tensor, backend: str, seed: int
     ) -> dict[str, Tensor]:
         """The blocks that segments like the bank's own compose, in the bank's order."""
-        check_coef(coef, len(self.names), len(self.blocks), self.device)
+        check_coef(coef, len(self.names), len(self.blocks), self.device, partitions=True)
         # Here, so that a gradient from several segments is summed before it is rounded.
         coef = coef.to(torch.float32)
         composed: dict[str, Tensor] = {}
-        for segment in segments:
+        keys = self._tile_keys(seed) if coef.dim() == 3 else [None] * len(segments)
+        for segment, key in zip(segments, keys, strict=True):
             whole = coef.dim() == 1 or len(segments) == 1
             part = coef if whole else coef.index_select(1, segment.index)
-            flat = segment.compose(part, backend)
+            flat = segment.compose(part, backend, key)
             members = (self.blocks[j] for j in segment.columns)
             composed |= zip(members, segment.layout.split(flat), strict=True)
         return composed if len(segments) == 1 else {block: composed[block] for block in self.blocks}
+
+    def _tile_keys(self, seed: int) -> list[Tensor]:
+        """Every segment's, made once."""
+        if seed not in self._keys:
+            self._keys[seed] = [
+                tile_keys([self.blocks[j] for j in segment.columns], segment.layout, seed)
+                for segment in self.segments
+            ]
+        return self._keys[seed]
 
     def _tensors(self) -> dict[str, Tensor]:
         tensors = {"errors": self.errors}

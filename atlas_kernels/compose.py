@@ -15,6 +15,7 @@ from torch import Tensor
 from . import ops
 from .backends import resolve
 from .layout import Layout
+from .partition import check_groups
 
 STORAGE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -190,19 +191,31 @@ def bank_coef_grad(
 
 
 def check_coef(
-    coef: Tensor, num_vectors: int, num_blocks: int, device: torch.device | None
+    coef: Tensor,
+    num_vectors: int,
+    num_blocks: int,
+    device: torch.device | None,
+    partitions: bool = False,
 ) -> None:
-    """Raises unless ``coef`` is floating point, (N, B) or (N,), on ``device``."""
+    """Raises unless ``coef`` is floating point, (N, B) or (N,), on ``device``.
+
+    With ``partitions`` it may be (N, B, K) too, for K groups of each block's elements.
+    """
     if not isinstance(coef, Tensor):
         raise TypeError(f"coef must be a tensor, got {type(coef).__name__}")
     if not coef.is_floating_point():
         raise TypeError(f"coef has dtype {coef.dtype}, expected a floating-point dtype")
-    if tuple(coef.shape) not in ((num_vectors, num_blocks), (num_vectors,)):
+    shape = tuple(coef.shape)
+    grouped = partitions and len(shape) == 3
+    if (shape[:2] if grouped else shape) not in ((num_vectors, num_blocks), (num_vectors,)):
+        more = f", or ({num_vectors}, {num_blocks}, K) for K groups of elements"
         raise ValueError(
-            f"coef has shape {tuple(coef.shape)}, expected ({num_vectors}, {num_blocks}) for "
+            f"coef has shape {shape}, expected ({num_vectors}, {num_blocks}) for "
             f"{num_vectors} task vectors and {num_blocks} blocks, or ({num_vectors},) for one "
-            "coefficient per task vector"
+            f"coefficient per task vector{more if partitions else ''}"
         )
+    if grouped:
+        check_groups(shape[2])
     if coef.device != device:
         raise ValueError(f"coef is on {coef.device}, but base is on {device}: move it with coef.to")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import operator
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,12 +17,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from .bank import TaskVectorBank
-from .checkpoints import read_tensors, write_tensors
+from .checkpoints import parts_of, read_tensors, write_tensors
 from .on_use import OnUse, ResidentBlocks, uninstall
+from .partition import check_groups
 from .stream import Stream, check_streamable
 
 _KIND = "coefficients"
-Granularity = Literal["task", "block"]
+Granularity = Literal["task", "block", "partition"]
 Memory = Literal["whole", "recompute", "stream"]
 
 
@@ -62,10 +64,16 @@ class ComposedModel(nn.Module):
     Args:
         module: any module that holds the bank's base, on the bank's device.
         bank: what to compose.
-        granularity: "block" for coefficients (N, B), "task" for (N,).
+        granularity: "block" for coefficients (N, B), "task" for (N,); "partition" for (N, B, K),
+            where every element of a block belongs to one of K random groups (see
+            `TaskVectorBank.compose`).
+        partitions: K, 1 to 4096, with "partition" and only there.
+        seed: of the partition. It goes with the coefficients: into their file and the state dict,
+            and from there into the model that loads them.
         memory: "whole", "recompute" or "stream".
 
     Raises:
+        ValueError: ``partitions`` or ``seed`` do not fit.
         ValueError: the module lacks a block of the bank, has it in another shape, dtype or place,
             or holds other weights than the bank's base.
             Or "stream", and the bank comes from no file, or its file was replaced.
@@ -88,11 +96,13 @@ class ComposedModel(nn.Module):
         bank: TaskVectorBank,
         *,
         granularity: Granularity = "block",
+        partitions: int | None = None,
+        seed: int = 0,
         memory: Memory = "whole",
     ) -> None:
         super().__init__()
-        if granularity not in ("task", "block"):
-            raise ValueError(f"unknown granularity {granularity!r}: expected 'task' or 'block'")
+        _check_granularity(granularity, partitions)
+        _check_seed(seed)
         if memory not in get_args(Memory):
             raise ValueError(
                 f"unknown memory {memory!r}: expected 'whole', 'recompute' or 'stream'"
@@ -112,9 +122,14 @@ class ComposedModel(nn.Module):
         self.module = module.requires_grad_(False)
         self.bank = bank
         self.granularity = granularity
+        self.partitions = partitions
         self.memory = memory
-        count = len(bank.names)
-        shape = (count,) if granularity == "task" else (count, len(bank.blocks))
+        self.seed = seed
+        shape: tuple[int, ...] = (len(bank.names),)
+        if granularity != "task":
+            shape += (len(bank.blocks),)
+        if partitions is not None:
+            shape += (partitions,)
         self.coef = nn.Parameter(torch.zeros(shape, device=bank.device))
         self._cache: _Composition | None = None
         self._hold = False
@@ -132,6 +147,19 @@ class ComposedModel(nn.Module):
         self._bank = bank
         self._share_base()
 
+    @property
+    def seed(self) -> int:
+        """Of the partition, if there is one."""
+        return self._seed
+
+    @seed.setter
+    def seed(self, seed: int) -> None:
+        _check_seed(seed)
+        self._seed = operator.index(seed)
+        self._cache = None
+        # What composes on use does so with the old one.
+        uninstall(self.module)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's forward pass with the composed weights."""
         try:
@@ -147,7 +175,7 @@ class ComposedModel(nn.Module):
     def weights(self) -> dict[str, Tensor]:
         """The composed blocks by name; with ``memory="whole"`` composed anew only if need be."""
         if self.memory == "recompute":
-            return self.bank.compose(self.coef)
+            return self.bank.compose(self.coef, seed=self.seed)
         if self.memory == "stream":
             # Without gradients: their graph would need the whole bank.
             return dict(self._installed().values())
@@ -206,17 +234,18 @@ class ComposedModel(nn.Module):
         return merged
 
     def save_coefficients(self, path: str | Path) -> None:
-        """Writes ``coef`` with the names of its vectors and blocks (safetensors)."""
-        write_coefficients(path, self.coef, self.bank)
+        """Writes ``coef`` with the names of its vectors and blocks, and the seed (safetensors)."""
+        write_coefficients(path, self.coef, self.bank, self.seed)
 
     def load_coefficients(self, path: str | Path) -> None:
-        """Reads what `save_coefficients` wrote, matched by name.
+        """Reads what `save_coefficients` wrote, matched by name; of partitions with their seed.
 
         Raises:
             FileNotFoundError, FileFormatError: there is no such file, or it holds no coefficients.
-            ValueError: they belong to another bank or granularity; nothing is changed.
+            ValueError: they belong to another bank or granularity, or to another number of
+                partitions; nothing is changed.
         """
-        coef = read_coefficients(path, self.bank)
+        coef, seed = read_coefficients(path, self.bank)
         if coef.shape != self.coef.shape:
             raise ValueError(
                 f"{path} holds coefficients of shape {tuple(coef.shape)}, but this model with "
@@ -224,14 +253,20 @@ class ComposedModel(nn.Module):
             )
         with torch.no_grad():
             self.coef.copy_(coef)
+        if self.partitions:
+            self.seed = seed
 
     def extra_repr(self) -> str:
         """Shown by print(model)."""
-        return f"bank={self.bank!r}, granularity={self.granularity!r}, memory={self.memory!r}"
+        partition = f", partitions={self.partitions}, seed={self.seed}" if self.partitions else ""
+        return (
+            f"bank={self.bank!r}, granularity={self.granularity!r}{partition}, "
+            f"memory={self.memory!r}"
+        )
 
     def _compose(self) -> dict[str, Tensor]:
         """What `weights` keeps: here the composed blocks."""
-        return self.bank.compose(self.coef)
+        return self.bank.compose(self.coef, seed=self.seed)
 
     def _drop(self, gradient: Tensor) -> None:
         self._cache = None
@@ -248,7 +283,20 @@ class ComposedModel(nn.Module):
         self._end_composition()
         return self
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.partitions:
+            destination[f"{prefix}seed"] = torch.tensor(self.seed)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        *args: Any,
+    ) -> None:
         # Loading writes into the module's parameters, which are the bank's base.
         parameters = dict(self.module.named_parameters(remove_duplicate=False))
         composed = {id(parameters[block]) for block in self.bank.blocks}
@@ -258,7 +306,15 @@ class ComposedModel(nn.Module):
                 raise ValueError(
                     f"the state dict holds another base than the bank in {prefix}module.{name}"
                 )
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        if self.partitions:
+            seed = state_dict.pop(f"{prefix}seed", None)
+            if seed is not None:
+                self.seed = int(seed)
+            elif strict:
+                missing_keys.append(f"{prefix}seed")
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, *args
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         uninstall(self.module)
@@ -279,7 +335,8 @@ class ComposedModel(nn.Module):
         on_use = self._on_use
         if on_use is None or not on_use.serves(self.bank, self.coef):
             uninstall(self.module)
-            blocks = Stream(self.bank) if self.memory == "stream" else ResidentBlocks(self.bank)
+            kind = Stream if self.memory == "stream" else ResidentBlocks
+            blocks = kind(self.bank, self.partitions or 0, self.seed)
             self._on_use = on_use = OnUse(self.module, self.bank, blocks, self.coef)
         return on_use
 
@@ -330,8 +387,12 @@ class _Composition:
         )
 
 
-def write_coefficients(path: str | Path, coef: Tensor, bank: TaskVectorBank) -> None:
-    """Writes coefficients (N, B) or (N,) of a bank, by name (safetensors)."""
+def write_coefficients(path: str | Path, coef: Tensor, bank: TaskVectorBank, seed: int = 0) -> None:
+    """Writes coefficients (N, B), (N,) or (N, B, K) of a bank, by name (safetensors).
+
+    Those of partitions with the seed.
+    """
+    partition = {"seed": seed} if coef.dim() == 3 else {}
     write_tensors(
         path,
         {"coef": coef},
@@ -339,11 +400,14 @@ def write_coefficients(path: str | Path, coef: Tensor, bank: TaskVectorBank) -> 
         names=bank.names,
         blocks=bank.blocks,
         base=_fingerprint(bank),
+        **partition,
     )
 
 
-def read_coefficients(path: str | Path, bank: TaskVectorBank) -> Tensor:
-    """Coefficients in the bank's order of vectors and blocks, on its device.
+def read_coefficients(path: str | Path, bank: TaskVectorBank) -> tuple[Tensor, int]:
+    """Coefficients in the bank's order of vectors and blocks, on its device; and their seed.
+
+    The seed is that of the partition, 0 if there is none.
 
     Raises:
         FileNotFoundError, FileFormatError: there is no such file, or it holds no coefficients.
@@ -366,9 +430,10 @@ def read_coefficients(path: str | Path, bank: TaskVectorBank) -> Tensor:
             f"{path} belongs to another bank: its coefficients were learned on another base model"
         )
     coef = tensors["coef"][[fields["names"].index(name) for name in bank.names]]
-    if coef.dim() == 2:
+    if coef.dim() > 1:
         coef = coef[:, [fields["blocks"].index(block) for block in bank.blocks]]
-    return coef.to(bank.device)
+    with parts_of(path):
+        return coef.to(bank.device), fields["seed"] if coef.dim() == 3 else 0
 
 
 def _fingerprint(bank: TaskVectorBank) -> str:
@@ -388,6 +453,29 @@ def _forget_weights(rnn: nn.RNNBase) -> None:
 def _some(names: list[str]) -> str:
     listed = ", ".join(names[:5]) or "none"
     return f"{listed} and {len(names) - 5} more" if len(names) > 5 else listed
+
+
+def _check_granularity(granularity: Granularity, partitions: int | None) -> None:
+    if granularity not in get_args(Granularity):
+        raise ValueError(
+            f"unknown granularity {granularity!r}: expected 'task', 'block' or 'partition'"
+        )
+    if granularity != "partition":
+        if partitions is not None:
+            raise ValueError(
+                f"partitions={partitions} with granularity={granularity!r}: groups of elements "
+                "take granularity='partition'"
+            )
+    elif partitions is None:
+        raise ValueError("granularity='partition' needs partitions, the number of groups (1-4096)")
+    else:
+        check_groups(partitions)
+
+
+def _check_seed(seed: int) -> None:
+    # What a state dict can hold.
+    if not -(2**63) <= operator.index(seed) < 2**63:
+        raise ValueError(f"seed is {seed}, expected an integer of 64 bits")
 
 
 def _check_uncompiled(module: nn.Module, memory: Memory) -> None:

@@ -36,7 +36,9 @@ class LinearizedModel(ComposedModel):
     Args:
         module: any module that holds the bank's base, on the bank's device, and returns one tensor.
         bank: what to compose.
-        granularity: "block" for coefficients (N, B), "task" for (N,).
+        granularity: "block" for coefficients (N, B), "task" for (N,), "partition" for (N, B, K).
+        partitions: as for `ComposedModel`.
+        seed: likewise.
 
     Raises:
         ValueError: as for `ComposedModel`, or the bank has ``lora="factorwise"``, which is not
@@ -59,14 +61,20 @@ class LinearizedModel(ComposedModel):
     """
 
     def __init__(
-        self, module: nn.Module, bank: TaskVectorBank, *, granularity: Granularity = "block"
+        self,
+        module: nn.Module,
+        bank: TaskVectorBank,
+        *,
+        granularity: Granularity = "block",
+        partitions: int | None = None,
+        seed: int = 0,
     ) -> None:
         if bank.weights != bank.blocks:
             raise ValueError(
                 "a linearised model needs deltas that are linear in coef, but weights of this bank "
                 "are products of blocks (lora='factorwise'): pack it with lora='product'"
             )
-        super().__init__(module, bank, granularity=granularity)
+        super().__init__(module, bank, granularity=granularity, partitions=partitions, seed=seed)
         self.module.eval()
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -87,7 +95,7 @@ class LinearizedModel(ComposedModel):
         )
 
     def _compose(self) -> dict[str, Tensor]:
-        return self.bank.combine(self.coef)
+        return self.bank.combine(self.coef, seed=self.seed)
 
 
 def expand(module: nn.Module, tangent: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:

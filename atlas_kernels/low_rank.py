@@ -15,7 +15,8 @@ from .backends import resolve
 from .checkpoints import FileFormatError
 from .codecs import Codec
 from .compose import _Batched
-from .layout import Layout
+from .layout import CHUNK_TILES, TILE, Layout
+from .partition import group_of, group_sums, slots
 from .segment import crc
 
 # Elements of a block that are in float32 at a time.
@@ -140,11 +141,13 @@ class Factors:
         up: [out, R].
         down: [R, in].
         spread: float32 [N, R], a vector's scale at its own ranks and zero elsewhere.
+        ranks: how many of them each vector has.
     """
 
     up: Tensor
     down: Tensor
     spread: Tensor
+    ranks: tuple[int, ...]
 
     def add(self, base: Tensor, coef: Tensor, total: Tensor) -> None:
         """Writes ``base + sum_i coef[i] * delta_i`` into total, all [out, in], for coef (N,)."""
@@ -160,6 +163,37 @@ class Factors:
         for rows in _rows(grad):
             sums += ((grad[rows].float() @ down.T) * self.up[rows].float()).sum(0)
         return self.spread @ sums
+
+    def add_groups(self, base: Tensor, coef: Tensor, tile_key: Tensor, total: Tensor) -> None:
+        """`add` for coef (N, K): element e of delta_i times ``coef[i, group(e)]``."""
+        source, target = base.flatten(), total.view(-1)
+        for elements, keys in _chunks(base, tile_key):
+            group = group_of(slots(keys, TILE), coef.shape[1]).flatten()
+            part = source[elements].to(torch.float32, copy=True)
+            for factors, delta in zip(coef, self._deltas(elements), strict=True):
+                part += factors[group[: len(part)]] * delta
+            target[elements] = part
+
+    def group_dots(self, grad: Tensor, tile_key: Tensor, groups: int) -> Tensor:
+        """`dots` over each group: (N, K)."""
+        flat = grad.flatten()
+        result = grad.new_zeros((len(self.spread), groups), dtype=torch.float32)
+        for elements, keys in _chunks(grad, tile_key):
+            part, slot = flat[elements].float(), slots(keys, TILE)
+            for sums, delta in zip(result, self._deltas(elements), strict=True):
+                sums += group_sums(part * delta, slot, groups)
+        return result
+
+    def _deltas(self, elements: slice) -> Iterator[Tensor]:
+        """The deltas' elements, vector by vector: no more than two further rows are formed."""
+        width = self.down.shape[1]
+        first, last = elements.start // width, -(-elements.stop // width)
+        cut = slice(elements.start - first * width, elements.stop - first * width)
+        up = self.up[first:last].float() * self.spread.sum(0)
+        for its_up, its_down in zip(
+            up.split(self.ranks, 1), self.down.split(self.ranks), strict=True
+        ):
+            yield (its_up @ its_down.float()).flatten()[cut]
 
 
 def factor_views(
@@ -255,8 +289,8 @@ class LowRankSegment:
             base,
             factors,
             tuple(
-                Factors(up, down, spread.to(base.device))
-                for (up, down), spread in zip(views, spreads, strict=True)
+                Factors(up, down, spread.to(base.device), tuple(its))
+                for (up, down), spread, its in zip(views, spreads, ranks, strict=True)
             ),
         )
 
@@ -270,21 +304,33 @@ class LowRankSegment:
         """Stored bits of one task vector's blocks, on average."""
         return 8.0 * self.factors.nbytes / max(1, *map(len, self.ranks))
 
-    def compose(self, coef: Tensor, backend: str = "auto") -> Tensor:
-        """The composed arena [P] for coef (N, B') or (N,); differentiable (twice) in coef.
+    def compose(
+        self, coef: Tensor, backend: str = "auto", tile_key: Tensor | None = None
+    ) -> Tensor:
+        """The composed arena [P] for coef (N, B') or (N,), with a tile_key for (N, B', K).
 
-        The products are PyTorch's own, whatever the backend, which only has to exist.
+        Differentiable (twice) in coef. The products are PyTorch's own, whatever the backend, which
+        only has to exist. With a tile_key they are formed a few tiles at a time.
         """
         resolve(backend, self.base.device.type, False)
         coef = coef.to(torch.float32)
-        coef = coef if coef.dim() == 2 else coef.unsqueeze(1).expand(-1, len(self.columns))
-        composed: Tensor = _Compose.apply(self, coef, self.base)
+        coef = coef if coef.dim() > 1 else coef.unsqueeze(1).expand(-1, len(self.columns))
+        composed: Tensor = _Compose.apply(self, tile_key, coef, self.base)
         return composed
 
-    def coef_grad(self, grad: Tensor, backend: str = "auto") -> Tensor:
-        """<grad, delta_i> over each block (N, B') for grad [P]; differentiable in it."""
+    def coef_grad(
+        self,
+        grad: Tensor,
+        backend: str = "auto",
+        tile_key: Tensor | None = None,
+        groups: int = 0,
+    ) -> Tensor:
+        """<grad, delta_i> over each block (N, B'), or its groups (N, B', K), for grad [P].
+
+        Differentiable in it.
+        """
         resolve(backend, self.base.device.type, False)
-        result: Tensor = _CoefGrad.apply(self, grad)
+        result: Tensor = _CoefGrad.apply(self, tile_key, groups, grad)
         return result
 
     def blocks(self) -> list[LowRankSegment]:
@@ -313,63 +359,99 @@ class LowRankSegment:
         if not torch.equal(self.checksums(), expected):
             raise FileFormatError("a checksum of the factors fails: the file is damaged")
 
-    def composed(self, coef: Tensor, base: Tensor) -> Tensor:
+    def composed(self, tile_key: Tensor | None, coef: Tensor, base: Tensor) -> Tensor:
         """What `compose` differentiates, on any base [P]."""
         total = torch.empty_like(base)
         # Autocast would round the coefficients and the factors.
         with torch.autocast(base.device.type, enabled=False):
-            for k, (part, source, target) in enumerate(
-                zip(self.parts, self._matrices(base), self._matrices(total), strict=True)
+            for part, keys, its, source, target in zip(
+                self.parts,
+                self._keys(tile_key),
+                coef.unbind(1),
+                self._matrices(base),
+                self._matrices(total),
+                strict=True,
             ):
-                part.add(source, coef[:, k], target)
+                if keys is None:
+                    part.add(source, its, target)
+                else:
+                    part.add_groups(source, its, keys, target)
         return total
 
-    def dots(self, grad: Tensor) -> Tensor:
+    def dots(self, tile_key: Tensor | None, groups: int, grad: Tensor) -> Tensor:
         """What `coef_grad` differentiates."""
         with torch.autocast(grad.device.type, enabled=False):
             columns = [
-                part.dots(block)
-                for part, block in zip(self.parts, self._matrices(grad), strict=True)
+                part.dots(block) if keys is None else part.group_dots(block, keys, groups)
+                for part, keys, block in zip(
+                    self.parts, self._keys(tile_key), self._matrices(grad), strict=True
+                )
             ]
         return torch.stack(columns, 1)
+
+    def _keys(self, tile_key: Tensor | None) -> Sequence[Tensor | None]:
+        """Every block's."""
+        if tile_key is None:
+            return [None] * len(self.parts)
+        sizes = [-(-prod(shape) // TILE) for shape in self.layout.shapes]
+        keys: Sequence[Tensor] = tile_key.split(sizes)
+        return keys
 
     def _matrices(self, flat: Tensor) -> list[Tensor]:
         return [block.flatten(1) for block in self.layout.split(flat)]
 
 
 class _Compose(_Batched):
-    """(segment, coef [N, B'], base [P]) -> composed [P]."""
+    """(segment, tile_key or None, coef [N, B'] or [N, B', K], base [P]) -> composed [P]."""
 
     @staticmethod
-    def forward(segment: LowRankSegment, coef: Tensor, base: Tensor) -> Tensor:
-        return segment.composed(coef, base)
+    def forward(
+        segment: LowRankSegment, tile_key: Tensor | None, coef: Tensor, base: Tensor
+    ) -> Tensor:
+        return segment.composed(tile_key, coef, base)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.segment, *_ = inputs
+        ctx.segment, tile_key, coef, _ = inputs
+        ctx.groups = coef.shape[2] if coef.dim() == 3 else 0
+        ctx.save_for_backward(tile_key)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        coef_grad = _CoefGrad.apply(ctx.segment, grad) if ctx.needs_input_grad[1] else None
-        return None, coef_grad, grad if ctx.needs_input_grad[2] else None
+        (tile_key,) = ctx.saved_tensors
+        coef_grad = None
+        if ctx.needs_input_grad[2]:
+            coef_grad = _CoefGrad.apply(ctx.segment, tile_key, ctx.groups, grad)
+        return None, None, coef_grad, grad if ctx.needs_input_grad[3] else None
 
 
 class _CoefGrad(_Batched):
-    """(segment, grad [P]) -> <grad, delta_i> [N, B']."""
+    """(segment, tile_key or None, K or 0, grad [P]) -> coef's gradient."""
 
     @staticmethod
-    def forward(segment: LowRankSegment, grad: Tensor) -> Tensor:
-        return segment.dots(grad)
+    def forward(
+        segment: LowRankSegment, tile_key: Tensor | None, groups: int, grad: Tensor
+    ) -> Tensor:
+        return segment.dots(tile_key, groups, grad)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.segment, grad = inputs
+        ctx.segment, tile_key, _, grad = inputs
         ctx.numel, ctx.dtype = grad.numel(), grad.dtype
+        ctx.save_for_backward(tile_key)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
+        (tile_key,) = ctx.saved_tensors
         zeros = grad.new_zeros(ctx.numel, dtype=ctx.dtype)
-        return None, _Compose.apply(ctx.segment, grad, zeros)
+        return None, None, None, _Compose.apply(ctx.segment, tile_key, grad, zeros)
+
+
+def _chunks(matrix: Tensor, tile_key: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Consecutive elements of a flattened block, each time with the keys of their tiles."""
+    for first, keys in enumerate(tile_key.split(CHUNK_TILES)):
+        start = first * CHUNK_TILES * TILE
+        yield slice(start, min(start + len(keys) * TILE, matrix.numel())), keys
 
 
 def _rows(matrix: Tensor) -> Iterator[slice]:

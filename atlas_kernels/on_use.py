@@ -23,32 +23,48 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import pad
 
 from .bank import TaskVectorBank
+from .partition import tile_keys
 
 
 class Blocks(Protocol):
     """What one block of a bank at a time is composed from; P' is its size with padding."""
 
     def compose(self, column: int, coef: Tensor, /) -> Tensor:
-        """``base + sum_i coef[i] * delta_i`` [P'] of the block in this column, for coef (N,)."""
+        """``base + sum_i coef[i] * delta_i`` [P'] of the block in this column.
+
+        For coef (N,); (N, K) where blocks are partitioned.
+        """
 
     def coef_grad(self, column: int, grad: Tensor, /) -> Tensor:
-        """``<grad, delta_i>`` (N,) of the block in this column, for grad [P']."""
+        """``<grad, delta_i>``, (N,) or (N, K), of the block in this column, for grad [P']."""
 
 
 class ResidentBlocks:
-    """The blocks of a bank in memory; differentiable twice."""
+    """The blocks of a bank in memory; differentiable twice.
 
-    def __init__(self, bank: TaskVectorBank) -> None:
+    Args:
+        bank: its blocks.
+        groups: K, if they are partitioned, else 0.
+        seed: of the partition.
+    """
+
+    def __init__(self, bank: TaskVectorBank, groups: int = 0, seed: int = 0) -> None:
         parts = {part.columns[0]: part for segment in bank.segments for part in segment.blocks()}
         self._parts = [parts[column] for column in range(len(parts))]
+        self._groups = groups
+        self._keys = [
+            tile_keys([name], part.layout, seed) if groups else None
+            for name, part in zip(bank.blocks, self._parts, strict=True)
+        ]
 
     def compose(self, column: int, coef: Tensor, /) -> Tensor:
         """See `Blocks`."""
-        return self._parts[column].compose(coef)
+        return self._parts[column].compose(coef.unsqueeze(1), tile_key=self._keys[column])
 
     def coef_grad(self, column: int, grad: Tensor, /) -> Tensor:
         """See `Blocks`."""
-        return self._parts[column].coef_grad(grad).squeeze(1)
+        part, key = self._parts[column], self._keys[column]
+        return part.coef_grad(grad, tile_key=key, groups=self._groups).squeeze(1)
 
 
 class OnUse:
@@ -61,7 +77,7 @@ class OnUse:
         module: whose parameters to compose; tied ones follow.
         bank: which of them, and how long each is with padding.
         blocks: what to compose them from.
-        coef: (N, B) or (N,), read anew by every forward pass.
+        coef: (N, B), (N,) or (N, B, K), read anew by every forward pass.
     """
 
     def __init__(
@@ -193,9 +209,10 @@ class _Pass:
         self._coef, self._version = coef, coef._version
         self._modes = _modes(coef)
         num_blocks = len(blocks.shapes)
-        self._per_block = coef if coef.dim() == 2 else coef.unsqueeze(1).expand(-1, num_blocks)
-        # A copy: the backward composes with these, whatever becomes of coef. A row (N,) per block.
-        rows = self._per_block.detach().t().clone(memory_format=torch.contiguous_format)
+        self._per_block = coef if coef.dim() > 1 else coef.unsqueeze(1).expand(-1, num_blocks)
+        # A copy: the backward composes with these, whatever becomes of coef. (N,) or (N, K) each.
+        rows = self._per_block.detach().transpose(0, 1)
+        rows = rows.clone(memory_format=torch.contiguous_format)
         self._rows = rows.unbind()
         self._columns: tuple[Tensor, ...] = ()
         self._tokens: dict[int, Tensor] = {}
@@ -307,7 +324,7 @@ def _modes(coef: Tensor) -> tuple[bool, bool]:
 # Both without `setup_context`, which would cost more than most compositions: PyTorch then inspects
 # the signature of `forward` at every call.
 class _Token(torch.autograd.Function):
-    """(coef[:, column] (N,), blocks, column, parameter) -> a tensor like it, without storage."""
+    """(coef[:, column], blocks, column, parameter) -> a tensor like it, without storage."""
 
     @staticmethod
     def forward(ctx: Any, coef: Tensor, blocks: _Blocks, column: int, parameter: Tensor) -> Tensor:

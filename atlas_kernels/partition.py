@@ -15,10 +15,12 @@ and stored as masks.
 from __future__ import annotations
 
 import hashlib
+import operator
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .layout import TILE, Layout
 
@@ -28,6 +30,12 @@ _BITS = TILE.bit_length() - 1
 # Three rounds leave neighbours at distances of a quarter of a tile visibly related, four do not.
 _ROUNDS = 4
 _WORD = 0xFFFFFFFF
+
+
+def check_groups(groups: int) -> None:
+    """Raises ValueError unless a block can be partitioned into so many groups."""
+    if not 1 <= groups <= MAX_GROUPS:
+        raise ValueError(f"{groups} groups of a block's elements, expected 1 to {MAX_GROUPS}")
 
 
 def tile_keys(blocks: Sequence[str], layout: Layout, seed: int) -> Tensor:
@@ -69,6 +77,13 @@ def group_of(slot: Tensor, groups: int) -> Tensor:
     return slot * groups // TILE
 
 
+def group_sums(values: Tensor, slot: Tensor, groups: int) -> Tensor:
+    """The sums [groups] of values [n], elements of consecutive tiles with slots [tiles, TILE]."""
+    tiles = pad(values, (0, slot.numel() - len(values))).view(-1, TILE)
+    by_slot = torch.empty_like(tiles).scatter_(1, slot, tiles)
+    return sum_groups(by_slot.sum(0), groups)
+
+
 def sum_groups(by_slot: Tensor, groups: int) -> Tensor:
     """The sums [groups] over the slots of every group of values [TILE], in a fixed order."""
     first = -(-torch.arange(groups + 1, device=by_slot.device) * TILE // groups)
@@ -79,5 +94,9 @@ def sum_groups(by_slot: Tensor, groups: int) -> Tensor:
 
 
 def _block_key(name: str, seed: int) -> int:
-    digest = hashlib.blake2b(f"{seed} {name}".encode(), digest_size=4).digest()
+    digest = hashlib.blake2b(f"{operator.index(seed)} {name}".encode(), digest_size=4).digest()
     return int.from_bytes(digest, "little")
+
+
+# To the compiler a number like any other: see `backends.resolve`.
+_block_key._dynamo_marked_constant = True  # type: ignore[attr-defined]

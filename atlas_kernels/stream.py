@@ -23,7 +23,9 @@ from torch import Tensor
 
 from .bank import TaskVectorBank
 from .checkpoints import FileFormatError, data_offsets, read_tensors
+from .layout import TILE
 from .low_rank import LowRankSegment
+from .partition import tile_keys
 from .segment import Segment, chunks, crc
 
 # Chunks read ahead, being read and in use, together. Two threads: one waits for the disk while the
@@ -50,27 +52,34 @@ class Stream:
     Args:
         bank: whose base is where blocks are composed, and whose deltas are on the CPU. If it was
             loaded from a file, they are read from there.
+        groups: K, if blocks are partitioned, else 0.
+        seed: of the partition.
 
     Raises:
         ValueError: the bank is in memory already, and on the device that composes; or its file was
             replaced since it was loaded.
     """
 
-    def __init__(self, bank: TaskVectorBank) -> None:
+    def __init__(self, bank: TaskVectorBank, groups: int = 0, seed: int = 0) -> None:
         check_streamable(bank)
         device = bank.device
         self._bank = bank
         self._device = device
-        self.num_vectors = len(bank.names)
+        self.groups, self._seed = groups, seed
+        self.coef_shape = (len(bank.names), groups) if groups else (len(bank.names),)
         self._source: _Source = _Host(bank) if bank.path is None else _File(bank.path, bank)
         self._pieces = self._cut()
         self._base: list[Tensor] = [torch.empty(0)] * len(bank.blocks)
+        self._keys: list[Tensor | None] = [None] * len(bank.blocks)
         self._low_rank: dict[int, LowRankSegment] = {}
         for segment in bank.segments:
             for block in segment.blocks():
+                (column,) = block.columns
                 if isinstance(block, LowRankSegment):
-                    self._low_rank[block.columns[0]] = block
-                self._base[block.columns[0]] = block.base
+                    self._low_rank[column] = block
+                self._base[column] = block.base
+                if groups:
+                    self._keys[column] = tile_keys([bank.blocks[column]], block.layout, seed)
         size = max((piece.nbytes for block in self._pieces for piece in block), default=0)
         self._buffers: SimpleQueue[_Buffer] = SimpleQueue()
         for _ in range(SLOTS):
@@ -83,21 +92,33 @@ class Stream:
         self._last: tuple[int, ...] = (-1, -1, -1)
 
     def compose(self, column: int, coef: Tensor, /) -> Tensor:
-        """``base + sum_i coef[i] * delta_i`` [P'] of a block for coef (N,); P' with padding."""
+        """``base + sum_i coef[i] * delta_i`` [P'] of a block; P' with padding.
+
+        For coef (N,); (N, K) where blocks are partitioned.
+        """
         if column in self._low_rank:
-            return self._low_rank[column].compose(coef)
+            key = self._keys[column]
+            return self._low_rank[column].compose(coef.unsqueeze(1), tile_key=key)
         composed: Tensor = _Compose.apply(self, column, coef, self._base[column])
         return composed
 
     def coef_grad(self, column: int, grad: Tensor, /) -> Tensor:
-        """``<grad, delta_i>`` (N,) over a block for grad [P']; chunks are summed in float64."""
+        """``<grad, delta_i>``, (N,) or (N, K), over a block for grad [P'].
+
+        Chunks are summed in float64.
+        """
         if column in self._low_rank:
-            return self._low_rank[column].coef_grad(grad).squeeze(1)
+            part, key = self._low_rank[column], self._keys[column]
+            return part.coef_grad(grad, tile_key=key, groups=self.groups).squeeze(1)
         result: Tensor = _CoefGrad.apply(self, column, grad)
         return result
 
-    def read(self, column: int) -> Iterator[tuple[slice, Segment]]:
-        """A block's elements piece by piece, each with a segment that is valid until the next."""
+    def read(self, column: int) -> Iterator[tuple[slice, Segment, Tensor | None]]:
+        """A block's elements piece by piece, with a segment that is valid until the next.
+
+        And with the keys of their tiles, if blocks are partitioned.
+        """
+        keys = self._keys[column]
         self._next[self._last] = column
         self._last = (*self._last[1:], column)
         for k, piece in enumerate(self._pieces[column]):
@@ -111,16 +132,18 @@ class Stream:
                 # It was read ahead, perhaps long ago: what was wrong may have passed.
                 buffer = self._filled(piece)
             try:
-                yield slice(piece.start, piece.end), self._segment(piece, buffer)
+                elements = slice(piece.start, piece.end)
+                key = None if keys is None else keys[piece.start // TILE : -(-piece.end // TILE)]
+                yield elements, self._segment(piece, buffer), key
             finally:
                 buffer.release()
                 self._buffers.put(buffer)
 
     def __deepcopy__(self, memo: dict[int, object]) -> Stream:
-        return Stream(self._bank)
+        return Stream(self._bank, self.groups, self._seed)
 
     def __reduce__(self) -> Any:
-        return Stream, (self._bank,)
+        return Stream, (self._bank, self.groups, self._seed)
 
     def _cut(self) -> list[list[_Piece]]:
         pieces: list[list[_Piece]] = [[] for _ in self._bank.blocks]
@@ -208,7 +231,7 @@ class Stream:
 
 
 class _Compose(torch.autograd.Function):
-    """(stream, column, coef (N,), base [P']) -> composed [P'].
+    """(stream, column, coef (N,) or (N, K), base [P']) -> composed [P'].
 
     Like `_CoefGrad` a Function of its own: inside, nothing is recorded, and so nothing is saved
     that lies in a buffer. Each is the derivative of the other.
@@ -217,9 +240,9 @@ class _Compose(torch.autograd.Function):
     @staticmethod
     def forward(stream: Stream, column: int, coef: Tensor, base: Tensor) -> Tensor:
         composed = torch.empty_like(base)
-        for elements, segment in stream.read(column):
+        for elements, segment, key in stream.read(column):
             part = replace(segment, base=base[elements])
-            composed[elements] = part.compose(coef)
+            composed[elements] = part.compose(coef.unsqueeze(1), tile_key=key)
         return composed
 
     @staticmethod
@@ -232,13 +255,14 @@ class _Compose(torch.autograd.Function):
 
 
 class _CoefGrad(torch.autograd.Function):
-    """(stream, column, grad [P']) -> <grad, delta_i> (N,)."""
+    """(stream, column, grad [P']) -> coef's gradient."""
 
     @staticmethod
     def forward(stream: Stream, column: int, grad: Tensor) -> Tensor:
-        total = torch.zeros(stream.num_vectors, dtype=torch.float64, device=grad.device)
-        for elements, segment in stream.read(column):
-            total += segment.coef_grad(grad[elements])[:, 0]
+        total = torch.zeros(stream.coef_shape, dtype=torch.float64, device=grad.device)
+        for elements, segment, key in stream.read(column):
+            part = segment.coef_grad(grad[elements], tile_key=key, groups=stream.groups)
+            total += part.squeeze(1)
         return total.float()
 
     @staticmethod

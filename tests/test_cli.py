@@ -66,6 +66,23 @@ def test_from_checkpoints_to_a_merged_one(files, capsys) -> None:
         assert [text for text in expected if text not in printed] == []
 
 
+def test_partitions(files, capsys) -> None:
+    bank_path = packed(files)
+    bank = ak.TaskVectorBank.load(bank_path)
+    coef = torch.randn(2, 1, 5)
+    coefficients, merged = files / "c.safetensors", files / "merged.safetensors"
+    write_coefficients(coefficients, coef, bank, seed=17)
+    assert run("merge", bank_path, coefficients, "-o", merged) == 0
+    expected = bank.compose(coef, seed=17)["weight"]
+    assert torch.equal(load_file(merged)["weight"], expected)
+    assert not torch.equal(bank.compose(coef)["weight"], expected)
+    capsys.readouterr()
+    assert run("inspect", coefficients) == 0
+    printed = capsys.readouterr().out
+    assert "coefficients (2, 1, 5)" in printed
+    assert "1 blocks, 5 groups of elements each, seed 17" in printed
+
+
 def test_names_dtype_and_patterns(files) -> None:
     out = files / "v.safetensors"
     tuned = files / "tuned1.safetensors"

@@ -204,7 +204,7 @@ def test_own_model_and_images(own, tmp_path, capsys) -> None:
     bank = ak.TaskVectorBank.load(own.folder / "full.safetensors")
     from atlas_kernels.composed import read_coefficients
 
-    expected = bank.state_dict(read_coefficients(tmp_path / "coefficients.safetensors", bank))
+    expected = bank.state_dict(read_coefficients(tmp_path / "coefficients.safetensors", bank)[0])
     assert all(torch.equal(merged[name], tensor) for name, tensor in expected.items())
 
 

@@ -1,4 +1,5 @@
 import copy
+import pickle
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,6 +37,7 @@ class Net(nn.Module):
         return result
 
 
+GRANULARITIES = ("block", "task", "partition")
 BLOCKS = ("embed.weight", "hidden.weight", "hidden.bias", "norm.weight", "norm.bias", "out.bias")
 TOKENS = torch.arange(9)
 
@@ -59,6 +61,8 @@ def make_vectors(
 
 def make_model(**kwargs: Any) -> tuple[Net, ak.ComposedModel]:
     """The original module and a model composed on a copy of it."""
+    if kwargs.get("granularity") == "partition":
+        kwargs = {"partitions": 2, "seed": 5, **kwargs}
     module = Net()
     bank = ak.TaskVectorBank.from_task_vectors(module, make_vectors(module))
     return module, ak.ComposedModel(copy.deepcopy(module), bank, **kwargs)
@@ -95,7 +99,7 @@ def counted() -> Iterator[Counter[str]]:
         yield count.calls
 
 
-@pytest.mark.parametrize("granularity", ["block", "task"])
+@pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("train", [True, False])
 def test_starts_as_the_base_bit_for_bit(granularity: Any, train: bool) -> None:
     module, model = make_model(granularity=granularity)
@@ -141,7 +145,7 @@ def vectors_of(model: ak.ComposedModel) -> list[ak.TaskVector]:
     return vectors
 
 
-@pytest.mark.parametrize("granularity", ["block", "task"])
+@pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_gradient_against_finite_differences(granularity: Any) -> None:
     _, model = make_model(granularity=granularity)
     model.eval()
@@ -236,7 +240,7 @@ def test_batch_norm_statistics_are_the_module_s_own() -> None:
     assert model.module.norm.num_batches_tracked == 3
 
 
-@pytest.mark.parametrize("granularity", ["block", "task"])
+@pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_merge_equals_the_composed_forward(granularity: Any) -> None:
     _, model = make_model(granularity=granularity)
     randomise(model)
@@ -248,7 +252,7 @@ def test_merge_equals_the_composed_forward(granularity: Any) -> None:
     assert same_bits(merged(TOKENS), model(TOKENS))
     assert merged.out.weight is merged.embed.weight
     assert merged.state_dict().keys() == model.module.state_dict().keys()
-    expected = model.bank.state_dict(model.coef)
+    expected = model.bank.state_dict(model.coef, seed=model.seed)
     for name, parameter in merged.named_parameters(remove_duplicate=False):
         assert same_bits(parameter, expected[name]), name
     # Its own copies: a change of either leaves the other as it is.
@@ -343,7 +347,7 @@ def coefficients(tmp_path: Path) -> tuple[ak.ComposedModel, Path]:
     return model, path
 
 
-@pytest.mark.parametrize("granularity", ["block", "task"])
+@pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_coefficients_round_trip(granularity: Any, tmp_path: Path) -> None:
     _, model = make_model(granularity=granularity)
     randomise(model)
@@ -378,6 +382,61 @@ def test_coefficients_follow_their_names(tmp_path: Path) -> None:
         assert torch.allclose(weight, model.weights()[block], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("memory", ["whole", "recompute"])
+@pytest.mark.parametrize("way", ["coefficients", "state dict", "pickle", "copy"])
+def test_partitions_go_with_their_coefficients(way: str, memory: Any, tmp_path: Path) -> None:
+    _, model = make_model(granularity="partition", memory=memory)
+    randomise(model)
+    model.eval()
+    other = ak.ComposedModel(
+        module_of(model.bank), model.bank, granularity="partition", partitions=2, memory=memory
+    ).eval()
+    other.module.load_state_dict(model.module.state_dict())
+    with torch.no_grad():
+        expected = model(TOKENS)
+        other.coef.copy_(model.coef)
+        # Composed, and kept, by another partition.
+        assert not torch.equal(other(TOKENS), expected)
+    if way == "coefficients":
+        model.save_coefficients(tmp_path / "c.safetensors")
+        other.load_coefficients(tmp_path / "c.safetensors")
+    elif way == "state dict":
+        assert other.load_state_dict(model.state_dict()) == ([], [])
+    elif way == "pickle":
+        other = pickle.loads(pickle.dumps(model))
+    else:
+        other = copy.deepcopy(model)
+    assert other.seed == model.seed == 5
+    with torch.no_grad():
+        assert same_bits(other(TOKENS), expected)
+
+
+def test_a_state_dict_without_the_seed_of_its_partition_is_incomplete() -> None:
+    _, model = make_model(granularity="partition")
+    state = model.state_dict()
+    assert state.pop("seed") == 5
+    with pytest.raises(RuntimeError, match=r'Missing key.*"seed"'):
+        model.load_state_dict(state)
+    assert "seed" not in make_model()[1].state_dict()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"granularity": "partition"}, "needs partitions, the number of groups"),
+        ({"partitions": 5}, "partitions=5 with granularity='block'.* take granularity='partition'"),
+        ({"granularity": "partition", "partitions": 0}, "0 groups .* expected 1 to 4096"),
+        ({"granularity": "partition", "partitions": 4097}, "4097 groups"),
+        ({"granularity": "partition", "partitions": 5, "seed": 2**63}, "integer of 64 bits"),
+    ],
+)
+def test_partitions_that_are_refused(options: dict[str, Any], message: str) -> None:
+    module = Net()
+    bank = ak.TaskVectorBank.from_task_vectors(module, make_vectors(module))
+    with pytest.raises(ValueError, match=message):
+        ak.ComposedModel(module, bank, **options)
+
+
 def test_coefficients_of_another_bank_are_refused(tmp_path: Path) -> None:
     model, path = coefficients(tmp_path)
     vectors = vectors_of(model)
@@ -403,6 +462,8 @@ def test_coefficients_of_another_bank_are_refused(tmp_path: Path) -> None:
     changed = {**base, "out.bias": base["out.bias"] + 1e-3}
     refused(pack(changed, vectors), "learned on another base model")
     refused(pack(base, vectors), r"\(3, 6\).*granularity='task'.*\(3,\)", granularity="task")
+    parted = {"granularity": "partition", "partitions": 5}
+    refused(pack(base, vectors), r"\(3, 6\).*granularity='partition'.*\(3, 6, 5\)", **parted)
     vectors[0].save(path)
     with pytest.raises(FileFormatError, match=r"atlas_kernels\.coefficients, found"):
         model.load_coefficients(path)
@@ -489,7 +550,9 @@ def test_modules_that_do_not_fit() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             ak.ComposedModel(other, bank)
-    with pytest.raises(ValueError, match="unknown granularity 'layer': expected 'task' or 'block'"):
+    with pytest.raises(
+        ValueError, match="unknown granularity 'layer': expected 'task', 'block' or"
+    ):
         ak.ComposedModel(module, bank, granularity="layer")  # type: ignore[arg-type]
 
 

@@ -135,6 +135,8 @@ def bank_of(module: nn.Module, count: int = 3, **options: Any) -> ak.TaskVectorB
 def models(module: nn.Module, count: int = 3, **options: Any) -> list[ak.ComposedModel]:
     """The same composed model with memory="whole" and "recompute"."""
     bank = bank_of(module, count)
+    if options.get("granularity") == "partition":
+        options = {"partitions": 5, "seed": 1, **options}
     made = [
         ak.ComposedModel(copy.deepcopy(module), bank, memory=memory, **options)
         for memory in ("whole", "recompute")
@@ -162,7 +164,7 @@ def assert_close(gradient: Tensor, expected: Tensor) -> None:
     assert (gradient - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
-@pytest.mark.parametrize("granularity", ["block", "task"])
+@pytest.mark.parametrize("granularity", ["block", "task", "partition"])
 @pytest.mark.parametrize("name", MODULES)
 def test_losses_and_gradients_are_those_of_whole(name: str, granularity: str) -> None:
     make, inputs = MODULES[name]

@@ -292,13 +292,16 @@ def step(model: ak.ComposedModel, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("codec", ["bf16", "int4", "auto:3"])
-@pytest.mark.parametrize("granularity", ["block", "task"])
+@pytest.mark.parametrize("granularity", ["block", "task", "partition"])
 def test_models_learn_alike_in_every_mode(codec: str, granularity: Any, tmp_path: Path) -> None:
     module, bank = learned(codec, tmp_path)
     x = torch.randn(4, 7, 96)
     results = {}
+    options: dict[str, Any] = {"granularity": granularity}
+    if granularity == "partition":
+        options |= {"partitions": 3, "seed": 8}
     for memory in ("recompute", "stream"):
-        model = ak.ComposedModel(module, bank, granularity=granularity, memory=memory)
+        model = ak.ComposedModel(module, bank, memory=memory, **options)
         results[memory] = step(model, x)
         # The same bits on repetition, when all is read ahead.
         for first, second in zip(results[memory], step(model, x), strict=True):
@@ -311,7 +314,7 @@ def test_models_learn_alike_in_every_mode(codec: str, granularity: Any, tmp_path
     assert bool((results["stream"][1] - expected).abs().max() <= bound)
     assert bool(expected.abs().max() > 100 * bound)
     merged = model.merge()
-    whole = ak.ComposedModel(module, bank, granularity=granularity)
+    whole = ak.ComposedModel(module, bank, **options)
     with torch.no_grad():
         whole.coef.copy_(model.coef)
     assert torch.equal(merged(x), whole.merge()(x))

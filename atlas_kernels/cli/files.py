@@ -125,7 +125,8 @@ def _merge(arguments: argparse.Namespace) -> None:
     from ..composed import read_coefficients
 
     bank = TaskVectorBank.load(arguments.bank)
-    state = bank.state_dict(read_coefficients(arguments.coefficients, bank))
+    coef, seed = read_coefficients(arguments.coefficients, bank)
+    state = bank.state_dict(coef, seed=seed)
     write_tensors(output, state)
     print(f"{output}: state dict of {len(state)} tensors, {len(bank.blocks)} of them composed")
 
@@ -156,7 +157,10 @@ def _inspect(arguments: argparse.Namespace) -> None:
 
         values = read_tensors(path, kind)[0]["coef"]
         print(f"{path}: coefficients {tuple(values.shape)}, {stored}")
-        print(f"{len(fields['names'])} task vectors, {len(fields['blocks'])} blocks")
+        counts = f"{len(fields['names'])} task vectors, {len(fields['blocks'])} blocks"
+        if values.dim() == 3:
+            counts += f", {values.shape[2]} groups of elements each, seed {fields['seed']}"
+        print(counts)
         rows = values.reshape(len(fields["names"]), -1)
         print_table(
             ("task vector", "mean", "smallest", "largest"),
