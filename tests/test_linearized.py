@@ -183,11 +183,15 @@ def test_linear_in_coef(granularity: Any) -> None:
         assert not torch.allclose(composed(TOKENS, scale=2.0) - start, changes[0], atol=1e-2)
 
 
-def test_equals_composition_where_the_module_is_linear_in_its_weights() -> None:
+@pytest.mark.parametrize("options", [{}, {"granularity": "partition", "partitions": 3, "seed": 2}])
+def test_equals_composition_where_the_module_is_linear_in_its_weights(
+    options: dict[str, Any],
+) -> None:
     module = nn.Linear(5, 4)
     bank = ak.TaskVectorBank.from_task_vectors(module, make_vectors(module), codec="fp32")
     model, composed = (
-        kind(copy.deepcopy(module), bank) for kind in (ak.LinearizedModel, ak.ComposedModel)
+        kind(copy.deepcopy(module), bank, **options)
+        for kind in (ak.LinearizedModel, ak.ComposedModel)
     )
     inputs, results, gradients = torch.randn(7, 5), [], []
     coef = torch.randn_like(model.coef)
