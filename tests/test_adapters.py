@@ -139,6 +139,23 @@ def test_both_adapters_can_be_the_zero_shot_classifier() -> None:
     torch.testing.assert_close(LPPlusPlus.zero_shot(head)(inputs), zero_shot, rtol=1e-5, atol=1e-5)
 
 
+def test_an_adapter_of_some_classes_has_their_logits() -> None:
+    head, rows = make_head(), torch.tensor([0, 2, 3])
+    inputs = torch.randn(50, WIDTH)
+    labels = torch.tensor([3, 1, 0, 3])  # No shot of class 2, one of a class that is left out.
+    tip = TipAdapter(head, normalize(torch.randn(4, WIDTH), dim=1), labels, beta=3.0)
+    lp = LPPlusPlus(
+        head, torch.randn(CLASSES, WIDTH), torch.randn(CLASSES), torch.randn(CLASSES) + 9
+    )
+    for adapter in (tip, lp):
+        part = adapter.for_classes(rows)
+        # The same sums, but perhaps in another order; logits of at most 20.
+        torch.testing.assert_close(part(inputs), adapter(inputs)[:, rows], rtol=1e-5, atol=1e-5)
+        masked = adapter(inputs).index_fill(1, torch.tensor([1]), -torch.inf)
+        assert torch.equal(rows[part(inputs).argmax(1)], masked.argmax(1))
+    assert len(tip.for_classes(rows).keys) == 3
+
+
 @pytest.mark.parametrize("joint", [True, False])
 def test_tip_learns_everything_that_it_should_and_nothing_else(joint: bool) -> None:
     model = make_model()

@@ -10,9 +10,22 @@ from pathlib import Path
 import pytest
 
 MODULES = (
-    "backends", "bank", "compose", "composed", "data.out_of_domain", "data.task", "learn.adapters",
-    "learn.few_shot", "learn.finetune", "linearized", "low_rank", "memory", "plan", "task_vector",
-)  # fmt: skip
+    "backends",
+    "bank",
+    "compose",
+    "composed",
+    "data.out_of_domain",
+    "data.task",
+    "learn.adapters",
+    "learn.few_shot",
+    "learn.finetune",
+    "learn.selection",
+    "linearized",
+    "low_rank",
+    "memory",
+    "plan",
+    "task_vector",
+)
 
 
 @pytest.mark.parametrize("name", MODULES)

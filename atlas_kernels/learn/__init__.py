@@ -34,6 +34,14 @@ from .finetune import (
     finetune,
 )
 from .search import GRID, isotropic, search, single_vector
+from .selection import (
+    gradient_scores,
+    select_blocks,
+    select_by_features,
+    select_random,
+    select_vectors,
+    virtual_vectors,
+)
 from .trainer import Batches, Learned, Objective, Recipe, learn
 
 __all__ = [
@@ -65,6 +73,7 @@ __all__ = [
     "classify",
     "features",
     "finetune",
+    "gradient_scores",
     "isotropic",
     "learn",
     "load_adapter",
@@ -75,7 +84,12 @@ __all__ = [
     "search",
     "search_addition",
     "search_negation",
+    "select_blocks",
+    "select_by_features",
+    "select_random",
+    "select_vectors",
     "single_vector",
     "tip_adapter",
+    "virtual_vectors",
     "weights_only",
 ]

@@ -115,6 +115,14 @@ class TipAdapter(Adapter):
         affinity = torch.exp(-self.beta * (1 - unit @ self.keys.T))
         return unit @ self.head.T + self.alpha * (affinity @ self.targets)
 
+    def for_classes(self, rows: Tensor) -> TipAdapter:
+        """The adapter of some of the classes: int64 [K], ascending rows of the head."""
+        rows = rows.to(self.labels.device)
+        kept = torch.isin(self.labels, rows)
+        labels = torch.searchsorted(rows, self.labels[kept])
+        scalars = self.alpha.detach(), self.beta.detach()
+        return TipAdapter(self.head[rows], self.keys[kept], labels, *scalars)
+
 
 class LPPlusPlus(Adapter):
     """LP++: ``logits = W f + b + alpha * (T f)``, one alpha per class.
@@ -184,6 +192,11 @@ class LPPlusPlus(Adapter):
         unit = normalize(features.float(), dim=-1)
         zero_shot = unit @ normalize(self.head, dim=1).T
         return unit @ self.weight.T + self.bias + self.alpha * zero_shot
+
+    def for_classes(self, rows: Tensor) -> LPPlusPlus:
+        """The adapter of some of the classes: int64 [K], ascending rows of the head."""
+        parts = (self.head, self.weight, self.bias, self.alpha)
+        return LPPlusPlus(*(part[rows.to(part.device)] for part in parts))
 
 
 def load_adapter(path: str | Path) -> TipAdapter | LPPlusPlus:
