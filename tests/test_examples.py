@@ -17,6 +17,7 @@ MODULES = (
     "data.out_of_domain",
     "data.task",
     "learn.adapters",
+    "learn.analysis",
     "learn.few_shot",
     "learn.finetune",
     "learn.selection",

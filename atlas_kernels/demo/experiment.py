@@ -37,12 +37,12 @@ from ..learn import (
     classify,
     isotropic,
     learn,
+    norm_matched,
     oversample,
     sample_shots,
     search,
     single_vector,
 )
-from ..low_rank import to_dense
 from ..memory import PeakMemory
 from .assets import load_model, load_task_vectors, task_vector_names, vector_path
 from .processes import run_jobs
@@ -467,14 +467,9 @@ def _loaded(folder: str, target: str) -> tuple[nn.Module, dict[str, TaskVector],
 
 
 def _noise_like(vector: TaskVector) -> TaskVector:
-    """Gaussian noise with the norm of every block, the same for every run."""
-    seed = int.from_bytes(hashlib.blake2b(vector.name.encode(), digest_size=7).digest(), "big")
-    generator = torch.Generator().manual_seed(seed)
-    deltas = {}
-    for name, delta in vector.deltas.items():
-        noise = torch.randn(delta.shape, generator=generator)
-        deltas[name] = noise * (to_dense(delta).norm() / noise.norm())
-    return TaskVector(deltas, base=vector.base, name=f"random-{vector.name}")
+    """The same for every run."""
+    hasher = hashlib.blake2b(vector.name.encode(), digest_size=7)
+    return norm_matched(vector, int.from_bytes(hasher.digest(), "big"))
 
 
 def _augmented(images: Tensor, generator: torch.Generator) -> Tensor:

@@ -10,6 +10,15 @@ from .adapters import (
     lp_plus_plus,
     tip_adapter,
 )
+from .analysis import (
+    block_cosines,
+    cosines,
+    disentanglement_error,
+    each_alone,
+    norm_matched,
+    off_diagonal_mean,
+    random_basis,
+)
 from .arithmetic import (
     ADDITION,
     NEGATION,
@@ -70,7 +79,11 @@ __all__ = [
     "Tuning",
     "accuracy",
     "add",
+    "block_cosines",
     "classify",
+    "cosines",
+    "disentanglement_error",
+    "each_alone",
     "features",
     "finetune",
     "gradient_scores",
@@ -79,7 +92,10 @@ __all__ = [
     "load_adapter",
     "lp_plus_plus",
     "negate",
+    "norm_matched",
+    "off_diagonal_mean",
     "oversample",
+    "random_basis",
     "sample_shots",
     "search",
     "search_addition",
