@@ -147,10 +147,10 @@ def test_scoring_leaves_everything_as_it_was_and_reads_the_data_once() -> None:
     compositions = 0
     compose = ak.TaskVectorBank.compose
 
-    def counted(*args: Any) -> dict[str, Tensor]:
+    def counted(*args: Any, **options: Any) -> dict[str, Tensor]:
         nonlocal compositions
         compositions += 1
-        return compose(*args)
+        return compose(*args, **options)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ak.TaskVectorBank, "compose", counted)
