@@ -91,11 +91,17 @@ def base_gradient() -> dict[str, Tensor]:
     return {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("memory", ["whole", "recompute", "stream"])
-def test_scores_are_inner_products_with_the_summed_gradient(memory: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["whole", "recompute", "stream", "linearized"])
+def test_scores_are_inner_products_with_the_summed_gradient(kind: Any, tmp_path: Path) -> None:
     module, vectors = make_module(), make_vectors()
     bank = ak.TaskVectorBank.pack(tmp_path / "bank.safetensors", module, vectors, codec="fp32")
-    encoder = ak.ComposedModel(module, bank, memory=memory)
+    # At the base, a linearised model has the gradient of the model itself.
+    linearized = kind == "linearized"
+    encoder = (
+        ak.LinearizedModel(module, bank)
+        if linearized
+        else ak.ComposedModel(module, bank, memory=kind)
+    )
     scores = gradient_scores(encoder, encoder, BATCHES)
     gradient = base_gradient()
     for i, vector in enumerate(vectors):
