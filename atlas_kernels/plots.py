@@ -33,15 +33,25 @@ _DPI = 200
 
 @dataclass(frozen=True)
 class Curve:
-    """One line of `accuracy_figure`: ``y[i] +- error[i]`` at ``x[i]``; an error may be None."""
+    """One line of a figure: ``y[i] +- error[i]`` at ``x[i]``; an error may be None."""
 
     label: str
-    x: Sequence[int]
+    x: Sequence[float]
     y: Sequence[float]
     error: Sequence[float | None]
     color: str = GREY
     marker: str = "o"
     linestyle: str = "-"
+
+
+@dataclass(frozen=True)
+class Bars:
+    """The bars of one colour of `bars_figure`: ``y[i] +- error[i]`` in group i; None for no bar."""
+
+    label: str
+    y: Sequence[float | None]
+    error: Sequence[float | None]
+    color: str = GREY
 
 
 @dataclass(frozen=True)
@@ -147,6 +157,180 @@ def history_figure(
     return figure
 
 
+def lines_figure(
+    curves: Sequence[Curve], *, title: str, xlabel: str, ylabel: str, log: bool = False
+) -> Figure:
+    """Several series against one number, with bands of their errors.
+
+    Args:
+        curves: their ``y`` are shares of 1, drawn in per cent.
+        title: above.
+        xlabel: what the number is.
+        ylabel: what the share is; ", %" is added.
+        log: a logarithmic axis of base 2 for the number.
+    """
+    figure = new_figure(_WIDTH, 4.8)
+    axes = figure.subplots()
+    for curve in curves:
+        y = 100 * np.asarray(curve.y)
+        error = 100 * np.asarray([e or 0.0 for e in curve.error])
+        axes.fill_between(curve.x, y - error, y + error, color=curve.color, alpha=0.18, linewidth=0)
+        axes.plot(
+            curve.x,
+            y,
+            label=curve.label,
+            color=curve.color,
+            marker=curve.marker,
+            linestyle=curve.linestyle,
+            linewidth=1.8,
+            markersize=5.5,
+        )
+    if log:
+        axes.set_xscale("log", base=2)
+    ticks = sorted({x for curve in curves for x in curve.x})
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel(f"{ylabel}, %")
+    _plain(axes, "y")
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8.5)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold")
+    return figure
+
+
+def bars_figure(
+    groups: Sequence[str], series: Sequence[Bars], *, title: str, ylabel: str
+) -> Figure:
+    """Groups of bars side by side, one colour per series, with error bars and their values.
+
+    Args:
+        groups: the names below.
+        series: their ``y`` are shares of 1, drawn in per cent.
+        title: above.
+        ylabel: what the share is; ", %" is added.
+    """
+    figure = new_figure(_WIDTH, 4.4)
+    axes = figure.subplots()
+    width = 0.8 / len(series)
+    # About how many points a bar is wide: the values above it turn upright when they would touch.
+    room = 0.85 * 72 * _WIDTH * width / len(groups)
+    for index, bars in enumerate(series):
+        shift = width * (index - (len(series) - 1) / 2)
+        drawn = [
+            (i, y, e)
+            for i, (y, e) in enumerate(zip(bars.y, bars.error, strict=True))
+            if y is not None
+        ]
+        axes.bar(
+            [i + shift for i, _, _ in drawn],
+            [100 * y for _, y, _ in drawn],
+            0.92 * width,
+            color=bars.color,
+            label=bars.label,
+        )
+        for i, y, error in drawn:
+            if error is not None:
+                axes.errorbar(
+                    i + shift, 100 * y, 100 * error, color="black", capsize=2, linewidth=1
+                )
+            axes.annotate(
+                f"{100 * y:.1f}",
+                (i + shift, 100 * (y + (error or 0.0))),
+                xytext=(0, 2),
+                textcoords="offset points",
+                ha="center",
+                va="bottom",
+                fontsize=7,
+                rotation=0 if room > 20 else 90,
+            )
+    crowded = len(groups) * max(map(len, groups)) > 90
+    axes.set_xticks(
+        range(len(groups)),
+        list(groups),
+        rotation=40 if crowded else 0,
+        ha="right" if crowded else "center",
+        rotation_mode="anchor",
+    )
+    axes.tick_params(axis="x", length=0)
+    axes.set_xlim(-0.6, len(groups) - 0.4)
+    axes.margins(y=0.12)
+    axes.set_ylabel(f"{ylabel}, %")
+    _plain(axes, "y")
+    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=8.5)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold")
+    return figure
+
+
+def matrix_figure(
+    values: Array,
+    names: Sequence[str],
+    *,
+    title: str,
+    label: str,
+    xlabel: str = "",
+    ylabel: str = "",
+    digits: int = 2,
+) -> Figure:
+    """A heat map of a matrix [N, N] between named things; its diagonal says nothing and is grey.
+
+    Args:
+        values: white is zero; purple are negative values, if there are any.
+        names: of rows and columns; a line parts names with different beginnings, as in
+            "digits-noise" and "fashion-noise".
+        title: above.
+        label: what a value is, at the colour bar.
+        xlabel: what a column is.
+        ylabel: what a row is.
+        digits: behind the point of the values, which small matrices show.
+    """
+    count = len(names)
+    shown = np.ma.masked_array(values, np.eye(count, dtype=bool))
+    limit = float(np.abs(shown).max()) or 1.0
+    signed = bool((shown < 0).any())
+    side = min(_WIDTH - 2.6, max(2.4, 0.6 * count))
+    # Room for the names, level and slanted, so that cells are about square.
+    longest = 0.07 * max(map(len, names))
+    width = max(side + longest + 1.3, 0.115 * len(title))
+    figure = new_figure(width, side + 0.7 * longest + 0.9)
+    axes = figure.subplots()
+    axes.set_facecolor("#cccccc")
+    image = axes.imshow(
+        shown,
+        aspect="auto",
+        interpolation="nearest",
+        cmap="PuOr_r" if signed else "Oranges",
+        vmin=-limit if signed else 0,
+        vmax=limit,
+    )
+    size = 9 if count <= 10 else 7.5
+    axes.set_xticks(range(count), list(names), rotation=45, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(count), list(names))
+    axes.tick_params(length=0, labelsize=size)
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel(ylabel)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    if count <= 12:
+        for row, column in zip(*np.nonzero(~shown.mask), strict=True):
+            red, green, blue, _ = image.to_rgba(values[row, column])
+            axes.text(
+                column,
+                row,
+                f"{values[row, column]:.{digits}f}",
+                ha="center",
+                va="center",
+                fontsize=size - 0.5,
+                # By brightness as the eye sees it.
+                color="white" if 0.3 * red + 0.59 * green + 0.11 * blue < 0.5 else "black",
+            )
+    for after in _borders(names):
+        axes.axhline(after, color="black", linewidth=0.8)
+        axes.axvline(after, color="black", linewidth=0.8)
+    _colorbar(figure, axes, label)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold")
+    return figure
+
+
 def coefficient_figure(
     coef: Array, vectors: Sequence[str], blocks: Sequence[str], *, title: str
 ) -> Figure:
@@ -155,10 +339,8 @@ def coefficient_figure(
     axes = figure.subplots()
     limit = float(np.abs(coef).max()) or 1.0
     _block_map(axes, coef, vectors, blocks, cmap="PuOr", vmin=-limit, vmax=limit)
-    kinds = [name.rsplit("-", 1)[0] for name in vectors]
-    for row in range(1, len(vectors)):
-        if kinds[row] != kinds[row - 1]:
-            axes.axhline(row - 0.5, color="white", linewidth=2)
+    for after in _borders(vectors):
+        axes.axhline(after, color="white", linewidth=2)
     _colorbar(figure, axes, "coefficient")
     figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold")
     return figure
@@ -215,6 +397,14 @@ def _block_map(
             fontsize=8.5,
         )
         start = end
+
+
+def _borders(names: Sequence[str]) -> list[float]:
+    """Between which rows a name begins unlike the one before it; none if all begin differently."""
+    kinds = [name.rsplit("-", 1)[0] for name in names]
+    if len({*kinds}) == len(kinds):
+        return []
+    return [row - 0.5 for row in range(1, len(names)) if kinds[row] != kinds[row - 1]]
 
 
 def _colorbar(figure: Figure, axes: Axes, label: str) -> None:

@@ -63,6 +63,73 @@ def test_accuracy_draws_what_it_is_given() -> None:
     assert positions["alone"] > positions["full"]
 
 
+def test_lines_have_bands_where_they_have_errors() -> None:
+    curves = [
+        plots.Curve("ours", [0, 1, 4], [0.2, 0.5, 0.6], [0.1, None, 0.2], plots.BLUE),
+        plots.Curve("noise", [0, 4], [0.2, 0.3], [None, None]),
+    ]
+    figure = plots.lines_figure(curves, title="t", xlabel="vectors", ylabel="accuracy")
+    (axes,) = figure.axes
+    line = axes.lines[0]
+    assert line.get_xydata().tolist() == [[0, 20], [1, 50], [4, 60]]
+    band = axes.collections[0].get_paths()[0].vertices
+    for x, low, high in ((0, 10, 30), (1, 50, 50), (4, 40, 80)):
+        ys = band[band[:, 0] == x, 1]
+        assert (ys.min(), ys.max()) == pytest.approx((low, high))
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["0", "1", "4"]
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("vectors", "accuracy, %")
+    assert {"ours", "noise", "t"} <= set(texts(figure))
+    curves = [plots.Curve("partitions", [1, 80], [0.2, 0.5], [None, None])]
+    figure = plots.lines_figure(curves, title="t", xlabel="K", ylabel="accuracy", log=True)
+    assert figure.axes[0].get_xscale() == "log"
+
+
+def test_bars_stand_over_their_group_with_their_value() -> None:
+    series = [
+        plots.Bars("before", [0.25, None], [None, None]),
+        plots.Bars("after", [0.5, 0.75], [0.125, None], plots.BLUE),
+    ]
+    figure = plots.bars_figure(["cars", "dtd"], series, title="t", ylabel="accuracy")
+    (axes,) = figure.axes
+    bars = [bar for bar in axes.patches if bar.get_width() < 1]
+    found = [(round(bar.get_x() + bar.get_width() / 2), bar.get_height()) for bar in bars]
+    assert found == [(0, 25), (0, 50), (1, 75)]
+    # Side by side, in the order of the series.
+    assert bars[0].get_x() + bars[0].get_width() <= bars[1].get_x()
+    assert to_rgb(bars[1].get_facecolor()[:3]) == to_rgb(plots.BLUE)
+    errors = [c for c in axes.containers if hasattr(c, "has_yerr") and c.has_yerr]
+    (segment,) = errors[0].lines[2][0].get_segments()
+    assert len(errors) == 1
+    assert segment[:, 1].tolist() == [37.5, 62.5]
+    assert {"25.0", "50.0", "75.0", "before", "after"} <= set(texts(figure))
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["cars", "dtd"]
+
+
+def test_matrix_shows_its_values_and_no_diagonal() -> None:
+    values = np.array([[9.0, 1.0, 2.0], [3.0, 9.0, 4.0], [0.0, 2.5, 9.0]])
+    names = ["a-x", "a-y", "b-x"]
+    figure = plots.matrix_figure(
+        values, names, title="t", label="share", xlabel="added", ylabel="evaluated", digits=1
+    )
+    axes = figure.axes[0]
+    shown = axes.images[0].get_array()
+    assert shown.mask.tolist() == np.eye(3, dtype=bool).tolist()
+    assert shown[1, 2] == 4
+    # The diagonal does not stretch the colours.
+    assert axes.images[0].get_clim() == (0, 4)
+    written = {text.get_position(): text.get_text() for text in axes.texts}
+    assert written[2, 1] == "4.0"
+    assert len(written) == 6
+    assert [label.get_text() for label in axes.get_yticklabels()] == names
+    # One line between a and b in either direction.
+    assert [line.get_ydata()[0] for line in axes.lines[::2]] == [1.5]
+    assert [line.get_xdata()[0] for line in axes.lines[1::2]] == [1.5]
+    signed = plots.matrix_figure(-values, ["a", "b", "c"], title="t", label="cosine")
+    assert signed.axes[0].images[0].get_clim() == (-4, 4)
+    assert not signed.axes[0].lines
+    assert not plots.matrix_figure(np.eye(20), ["n"] * 20, title="t", label="l").axes[0].texts
+
+
 def test_contact_sheet_shows_every_image_and_frames_the_marked() -> None:
     image = np.arange(4, dtype=np.uint8)[:, None, None] * np.ones((4, 2, 2), np.uint8)
     figure = plots.contact_sheet(
