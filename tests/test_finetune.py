@@ -191,6 +191,29 @@ def test_the_best_epoch_is_kept_if_there_are_scores() -> None:
         assert not torch.equal(last.deltas[name].up, delta.up)
 
 
+def test_augmented_images_in_an_order_that_the_seed_decides() -> None:
+    encoder, drawn = make_encoder(), []
+
+    def augmented(indices: Tensor, generator: torch.Generator) -> Tensor:
+        drawn.append(len(indices))
+        noise = torch.randn(len(indices), 1, 4, 4, generator=generator)
+        return IMAGES.images.plain(indices) + 0.1 * noise
+
+    def plain(indices: Tensor) -> Tensor:
+        raise AssertionError("plain images are for evaluation")
+
+    images = LabelledImages(Images(len(IMAGES), plain, augmented), IMAGES.labels)
+    ups = []
+    for seed in (0, 0, 1):
+        tuning = TUNINGS["lora"](encoder)
+        recipe = Recipe(epochs=1, lr=0.02, seed=seed)
+        vector = finetune(tuning, HEAD, images, recipe, batch_size=16, progress=False)
+        ups.append(vector.deltas["head.0.weight"].up)
+    assert drawn == [16, 16, 16, 12] * 3
+    assert same_bits(ups[0], ups[1])
+    assert not torch.allclose(ups[0], ups[2], rtol=0.01)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

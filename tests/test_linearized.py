@@ -95,7 +95,7 @@ def make_model(case: str = "tied", **kwargs: Any) -> tuple[nn.Module, ak.Lineari
     # What requires gradients takes other paths through attention, with other last bits.
     module.eval().requires_grad_(False)
     bank = ak.TaskVectorBank.from_task_vectors(module, make_vectors(module), codec="fp32")
-    return module, ak.LinearizedModel(copy.deepcopy(module), bank, **kwargs)
+    return module, ak.LinearizedModel(copy.deepcopy(module).train(), bank, **kwargs)
 
 
 def randomise(model: ak.LinearizedModel) -> None:
@@ -108,6 +108,7 @@ def test_starts_as_the_base_bit_for_bit_in_either_mode(case: str) -> None:
     module, model = make_model(case)
     arguments = CASES[case][1]
     expected = module(*arguments)
+    assert same_bits(model(*arguments), expected)
     for train in (True, False):
         assert same_bits(model.train(train)(*arguments), expected)
         assert model.training == train

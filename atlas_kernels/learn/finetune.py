@@ -76,7 +76,7 @@ class Tuning(nn.Module):
 
 
 class FullTuning(Tuning):
-    """All weights of an encoder learn.
+    """All weights of an encoder learn. Weight decay pulls them to 0, as in the paper.
 
     Args:
         encoder: where to start, any module; stays as it is.
