@@ -14,13 +14,13 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from .bank import TaskVectorBank
 from .checkpoints import parts_of, read_tensors, write_tensors
 from .on_use import OnUse, ResidentBlocks, uninstall
 from .partition import check_groups
 from .stream import Stream, check_streamable
+from .swap import call, guard, places, unguard
 
 _KIND = "coefficients"
 Granularity = Literal["task", "block", "partition"]
@@ -43,8 +43,9 @@ class ComposedModel(nn.Module):
       keeps the weights while the gradient is gathered into one arena). In eval mode, and without
       gradients, it is done once, until ``coef`` changes (or a backward pass has used it up); in
       training once per forward pass, or once for several of them inside `composed_once`.
-      Activation checkpointing would run the module again without its composed weights: use
-      "recompute".
+      Activation checkpointing would run parts of the module again without their composed weights:
+      that is a RuntimeError where a module with such weights is called again (in regions that only
+      read the weights of others it goes unnoticed); use "recompute".
     - "recompute": each block where the module asks for it, dropped after use (in the forward pass
       when the next one is asked for), and again in the backward pass, where its gradient becomes N
       numbers at once. Base + bank + the largest two blocks: a composed one and its gradient, or in
@@ -90,6 +91,9 @@ class ComposedModel(nn.Module):
         (torch.Size([1, 2]), 3.0)
     """
 
+    # Whether memory="whole" replaces the module's weights during its forward pass.
+    _swaps = True
+
     def __init__(
         self,
         module: nn.Module,
@@ -118,12 +122,12 @@ class ComposedModel(nn.Module):
             check_streamable(bank)
         _check_fit(module, bank)
         # What an earlier model has left.
-        uninstall(module)
+        _reset(module)
         self.module = module.requires_grad_(False)
+        self.memory = memory
         self.bank = bank
         self.granularity = granularity
         self.partitions = partitions
-        self.memory = memory
         self.seed = seed
         shape: tuple[int, ...] = (len(bank.names),)
         if granularity != "task":
@@ -164,7 +168,7 @@ class ComposedModel(nn.Module):
         """The module's forward pass with the composed weights."""
         try:
             if self.memory == "whole":
-                return functional_call(self.module, self.weights(), args, kwargs)
+                return call(self.module, self.weights(), args, kwargs, self._places)
             cut = self._sums.cut if self._sums else None
             with self._installed().forward_pass(self._hold, cut):
                 return self.module(*args, **kwargs)
@@ -226,6 +230,7 @@ class ComposedModel(nn.Module):
         """A copy of the module with the composed weights: nothing of the bank stays with it."""
         uninstall(self.module)
         merged = copy.deepcopy(self.module).requires_grad_(True)
+        unguard(merged)
         parameters = dict(merged.named_parameters(remove_duplicate=False))
         whole = self.memory == "whole"
         with torch.no_grad():
@@ -277,7 +282,7 @@ class ComposedModel(nn.Module):
                 "a ComposedModel keeps the dtypes of its bank: use torch.autocast, or convert the "
                 "base before packing the bank, or convert what merge() returns"
             )
-        uninstall(self.module)
+        _reset(self.module)
         super()._apply(fn, recurse)
         self.bank = self.bank.to(self.coef.device, deltas=self.memory != "stream")
         self._end_composition()
@@ -329,12 +334,16 @@ class ComposedModel(nn.Module):
         parameters = dict(self.module.named_parameters(remove_duplicate=False))
         for block, base in self.bank.base.items():
             parameters[block].data = base
+        self._places = places(self.module, self.bank.base)
+        if self.memory == "whole" and self._swaps:
+            unguard(self.module)
+            guard(self.module, self.bank.base)
 
     def _installed(self) -> OnUse:
         """What composes the module's parameters, on the current bank and coefficients."""
         on_use = self._on_use
         if on_use is None or not on_use.serves(self.bank, self.coef):
-            uninstall(self.module)
+            _reset(self.module)
             kind = Stream if self.memory == "stream" else ResidentBlocks
             blocks = kind(self.bank, self.partitions or 0, self.seed)
             self._on_use = on_use = OnUse(self.module, self.bank, blocks, self.coef)
@@ -448,6 +457,11 @@ def _forget_weights(rnn: nn.RNNBase) -> None:
     rnn._flat_weight_refs = [
         weight if weight is None else weakref.ref(weight) for weight in weights
     ]
+
+
+def _reset(module: nn.Module) -> None:
+    uninstall(module)
+    unguard(module)
 
 
 def _some(names: list[str]) -> str:

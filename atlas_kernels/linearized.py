@@ -11,11 +11,12 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.func import functional_call, jvp
+from torch.func import jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .bank import TaskVectorBank
 from .composed import ComposedModel, Granularity
+from .swap import call
 
 
 class LinearizedModel(ComposedModel):
@@ -59,6 +60,8 @@ class LinearizedModel(ComposedModel):
         >>> model(torch.ones(1, 1)).item()  # the tangent of tanh at 0, not tanh(3)
         3.0
     """
+
+    _swaps = False
 
     def __init__(
         self,
@@ -117,7 +120,7 @@ def expand(module: nn.Module, tangent: Mapping[str, Tensor], *args: Any, **kwarg
     output: Tensor = module(*args, **kwargs)
     with _plain_attention():
         change: Tensor = jvp(
-            lambda weights: functional_call(module, weights, args, kwargs), (base,), (tangent,)
+            lambda weights: call(module, weights, args, kwargs), (base,), (tangent,)
         )[1]
     return output + change
 

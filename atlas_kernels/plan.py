@@ -10,7 +10,6 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.func import functional_call
 
 from .codecs import CODECS, Codec, parse_codec
 from .composed import Memory
@@ -18,6 +17,7 @@ from .layout import TILE, padded
 from .packing import Patterns, chosen, split_base
 from .segment import CHUNK
 from .stream import SLOTS
+from .swap import call
 
 # Best first: how faithfully deltas are stored; then, what costs the least time.
 _CODECS = ("fp32", "bf16", "int8", "int4", "int3", "int2", "sign")
@@ -178,7 +178,7 @@ def activation_bytes(module: nn.Module, inputs: Sequence[Tensor]) -> int:
 
     try:
         with torch.enable_grad(), saved_tensors_hooks(pack, lambda tensor: tensor):
-            functional_call(module, state, tuple(ghost(tensor) for tensor in inputs))
+            call(module, state, [ghost(tensor) for tensor in inputs])
     except (RuntimeError, NotImplementedError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
