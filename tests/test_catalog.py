@@ -340,3 +340,20 @@ def test_every_template_has_one_place_for_the_name() -> None:
     for entry in CATALOG.values():
         assert len(set(entry.templates)) >= 2
         assert all(template.count("{}") == 1 for template in entry.templates)
+
+
+def test_the_documented_layouts_are_those_that_are_read() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "data.md").read_text(encoding="utf-8")
+    lines = [line for line in text.splitlines() if line.startswith("| `")]
+    assert [line.split("`")[1] for line in lines] == list(CATALOG)
+    for line, entry in zip(lines, CATALOG.values(), strict=True):
+        if entry.archive is None:
+            assert "a folder per class only" in line
+            continue
+        parts = {"validation", "test"} & entry.archive.parts.keys()
+        told = [word.strip() for word in line.split("|")[3].split(",")]
+        expected = ["own" if part in parts else "split off" for part in ("validation", "test")]
+        assert told == expected, line
+        for needed in entry.archive.needed:
+            pieces = needed.replace("-", "/").split("/")
+            assert all(piece in line for piece in pieces), (line, needed)

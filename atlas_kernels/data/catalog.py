@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 class ClassFolders:
     """An archive with a folder per class.
 
+    torchvision's own readers of these follow the order of the file system, make folders in the
+    user's, or need SciPy to open an image.
+
     Attributes:
         parts: the folder of each part.
         class_of: see `list_images`.
