@@ -21,6 +21,7 @@ MODULES = (
     "learn.few_shot",
     "learn.finetune",
     "learn.selection",
+    "learn.test_time",
     "linearized",
     "low_rank",
     "memory",

@@ -51,6 +51,16 @@ from .selection import (
     select_vectors,
     virtual_vectors,
 )
+from .test_time import (
+    SAR,
+    UFM,
+    Adaptation,
+    Entropy,
+    SimCLR,
+    adapt,
+    layer_norms,
+    trusted_images,
+)
 from .trainer import Batches, Learned, Objective, Recipe, learn
 
 __all__ = [
@@ -60,10 +70,14 @@ __all__ = [
     "LORA_FINETUNING",
     "LORA_TARGETS",
     "NEGATION",
+    "SAR",
     "TIP_FROZEN",
     "TIP_JOINT",
+    "UFM",
+    "Adaptation",
     "Adapted",
     "Batches",
+    "Entropy",
     "FullTuning",
     "ImageBatches",
     "JointTask",
@@ -75,9 +89,11 @@ __all__ = [
     "Outcome",
     "Penalty",
     "Recipe",
+    "SimCLR",
     "TipAdapter",
     "Tuning",
     "accuracy",
+    "adapt",
     "add",
     "block_cosines",
     "classify",
@@ -88,6 +104,7 @@ __all__ = [
     "finetune",
     "gradient_scores",
     "isotropic",
+    "layer_norms",
     "learn",
     "load_adapter",
     "lp_plus_plus",
@@ -106,6 +123,7 @@ __all__ = [
     "select_vectors",
     "single_vector",
     "tip_adapter",
+    "trusted_images",
     "virtual_vectors",
     "weights_only",
 ]
