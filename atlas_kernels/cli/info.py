@@ -17,6 +17,7 @@ EXTRAS = {
             "tqdm": "tqdm",
         },
     ),
+    "gradient-free": ("learning without gradients", {"nevergrad": "nevergrad"}),
     "triton": ("the Triton backend", {"triton": "triton"}),
 }
 _PACKAGES = ("triton", "safetensors", "numpy", "open_clip_torch", "matplotlib", "rich")

@@ -42,6 +42,7 @@ from .finetune import (
     Tuning,
     finetune,
 )
+from .gradient_free import learn_gradient_free, summed_cross_entropy
 from .search import GRID, isotropic, search, single_vector
 from .selection import (
     gradient_scores,
@@ -106,6 +107,7 @@ __all__ = [
     "isotropic",
     "layer_norms",
     "learn",
+    "learn_gradient_free",
     "load_adapter",
     "lp_plus_plus",
     "negate",
@@ -122,6 +124,7 @@ __all__ = [
     "select_random",
     "select_vectors",
     "single_vector",
+    "summed_cross_entropy",
     "tip_adapter",
     "trusted_images",
     "virtual_vectors",
