@@ -20,6 +20,7 @@ MODULES = (
     "learn.analysis",
     "learn.few_shot",
     "learn.finetune",
+    "learn.per_instance",
     "learn.selection",
     "learn.test_time",
     "linearized",

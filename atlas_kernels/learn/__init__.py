@@ -43,6 +43,7 @@ from .finetune import (
     finetune,
 )
 from .gradient_free import learn_gradient_free, summed_cross_entropy
+from .per_instance import PER_INSTANCE, PerInstance
 from .search import GRID, isotropic, search, single_vector
 from .selection import (
     gradient_scores,
@@ -71,6 +72,7 @@ __all__ = [
     "LORA_FINETUNING",
     "LORA_TARGETS",
     "NEGATION",
+    "PER_INSTANCE",
     "SAR",
     "TIP_FROZEN",
     "TIP_JOINT",
@@ -89,6 +91,7 @@ __all__ = [
     "Objective",
     "Outcome",
     "Penalty",
+    "PerInstance",
     "Recipe",
     "SimCLR",
     "TipAdapter",
