@@ -486,12 +486,17 @@ def _check_vector(
             )
 
 
-def _check_block(block: str, parameter: Tensor, first: Tensor) -> None:
+def check_dtype(block: str, parameter: Tensor) -> None:
+    """Raises TypeError if a block of the base has a dtype that cannot be composed."""
     if parameter.dtype not in STORAGE_DTYPES:
         raise TypeError(
             f"base block {block!r} has dtype {parameter.dtype}, expected float32, bfloat16 or "
             "float16: convert it, or leave it out with exclude"
         )
+
+
+def _check_block(block: str, parameter: Tensor, first: Tensor) -> None:
+    check_dtype(block, parameter)
     if parameter.device != first.device:
         raise ValueError(
             f"base block {block!r} is on {parameter.device}, others on {first.device}: move the "

@@ -14,7 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from .codecs import CODECS, Codec, parse_codec
 from .composed import Memory
 from .layout import TILE, padded
-from .packing import Patterns, chosen, split_base
+from .packing import Patterns, check_dtype, chosen, split_base
 from .segment import CHUNK
 from .stream import SLOTS
 from .swap import call
@@ -62,6 +62,7 @@ def plan(
     activations: int | None = None,
     include: Patterns = None,
     exclude: Patterns = None,
+    ranks: Mapping[str, int] | None = None,
 ) -> Plan:
     """Predicts memory, disk and traffic of learning coefficients for ``num_vectors`` task vectors.
 
@@ -72,6 +73,9 @@ def plan(
       less: gradients are brought into the order of the bank when the last of them is there;
     - "recompute": D, two blocks 2 p, one gradient p;
     - "stream": a fixed read-ahead instead of D, 2 p and p.
+
+    The deltas of a low-rank block (out, ...) are R (out + in) numbers of the codec, or bfloat16 if
+    it packs, for ranks that sum up to R; they stay in memory in any mode.
 
     Optimiser states of coefficients, and what single operations need for themselves, are left out.
 
@@ -84,9 +88,11 @@ def plan(
         activations: their bytes, for example from `activation_bytes`; None leaves them out.
         include: as for `TaskVectorBank.from_task_vectors`.
         exclude: likewise.
+        ranks: of the blocks that are low-rank (LoRA), R: their ranks in all task vectors, added up.
 
     Raises:
-        ValueError: an unknown codec or memory mode, or nothing to compose.
+        ValueError: an unknown codec or memory mode, nothing to compose, or ranks of no block.
+        TypeError: a block's dtype cannot be composed.
 
     Example:
         >>> import torch, atlas_kernels as ak
@@ -103,14 +109,26 @@ def plan(
     blocks = {name: p for name, p in parameters.items() if chosen(name, include, exclude)}
     if not blocks:
         raise ValueError("nothing to compose: no parameter is chosen by include and exclude")
+    ranks = ranks or {}
+    unknown = sorted(ranks.keys() - {name for name, p in blocks.items() if p.dim() >= 2})
+    if unknown:
+        raise ValueError(f"ranks of what is no matrix to compose: {', '.join(unknown)}")
+    for name, block in blocks.items():
+        check_dtype(name, block)
     left = sum(t.nbytes for t in constants.values())
     left += sum(p.nbytes for name, p in parameters.items() if name not in blocks)
     stored, bits = _stored(codec)
-    shapes = [tuple(tensor.shape) for tensor in blocks.values()]
-    elements = [padded(prod(shape), stored.alignment) for shape in shapes]
-    bases = [n * t.dtype.itemsize for n, t in zip(elements, blocks.values(), strict=True)]
-    deltas = [int(num_vectors * n * bits / 8) for n in elements]
-    base, bank = sum(bases), sum(deltas)
+    factor_size = CODECS["bf16" if stored.bits else stored.name].dtype.itemsize
+    bases, deltas, factors = [], 0, 0
+    for name, block in blocks.items():
+        elements = block.numel()
+        if name in ranks:
+            factors += ranks[name] * (block.shape[0] + prod(block.shape[1:])) * factor_size
+        else:
+            elements = padded(elements, stored.alignment)
+            deltas += int(num_vectors * elements * bits / 8)
+        bases.append(elements * block.dtype.itemsize)
+    base, bank = sum(bases), deltas + factors
     largest = max(bases)
     parts = {"base": base + left, "bank": bank}
     if memory == "whole":
@@ -120,7 +138,7 @@ def plan(
     else:
         if memory == "stream":
             tile = int(num_vectors * TILE * bits / 8)
-            parts["bank"] = min(bank, SLOTS * max(CHUNK, tile))
+            parts["bank"] = factors + min(deltas, SLOTS * max(CHUNK, tile))
         parts |= {"composed": 2 * largest, "gradients": largest}
         # The backward composes each block again.
         moved = {"forward": 2 * base + bank, "backward": 3 * base + 2 * bank}
@@ -131,7 +149,7 @@ def plan(
         codec=codec,
         memory=memory,
         num_blocks=len(blocks),
-        num_parameters=sum(map(prod, shapes)),
+        num_parameters=sum(block.numel() for block in blocks.values()),
         parts=parts,
         disk=base + left + bank + 4 * num_vectors * len(blocks),
         moved=moved,

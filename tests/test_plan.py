@@ -47,6 +47,64 @@ def test_bank_and_disk_are_what_packing_makes(codec: str, tmp_path: Path) -> Non
     assert its.disk <= path.stat().st_size <= its.disk + header
 
 
+class Adapted(nn.Module):
+    """A matrix and a convolution with adapters, a bias without, and a constant."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(40, 30)
+        self.conv = nn.Conv2d(3, 8, 3, bias=False).half()
+        self.last = nn.Linear(5, 5)
+
+
+def adapters(count: int = 3, **dense: torch.Tensor) -> list[ak.TaskVector]:
+    torch.manual_seed(0)
+    return [
+        ak.TaskVector(
+            {
+                # Ranks of their own; the last vector leaves the convolution alone.
+                "first.weight": ak.LowRank(torch.randn(30, 2 + i), torch.randn(2 + i, 40), 0.5),
+                **(
+                    {"conv.weight": ak.LowRank(torch.randn(8, 1), torch.randn(1, 3, 3, 3))}
+                    if i < count - 1
+                    else {}
+                ),
+                "first.bias": torch.randn(30),
+                **dense,
+            },
+            name=f"lora-{i}",
+        )
+        for i in range(count)
+    ]
+
+
+CHANGED = ("first.weight", "first.bias", "conv.weight")
+
+
+@pytest.mark.parametrize("codec", ["fp32", "bf16", "int4"])
+def test_low_rank_vectors(codec: str, tmp_path: Path) -> None:
+    module = Adapted()
+    path = tmp_path / "bank.safetensors"
+    bank = ak.TaskVectorBank.pack(path, module, adapters(), codec=codec)
+    ranks = {"first.weight": 2 + 3 + 4, "conv.weight": 2}
+    plans_of = {
+        memory: ak.plan(module, 3, codec=codec, memory=memory, include=CHANGED, ranks=ranks)
+        for memory in ("whole", "recompute", "stream")
+    }
+    its = plans_of["whole"]
+    constants = sum(t.nbytes for t in bank.constants.values())
+    factors = (9 * (30 + 40) + 2 * (8 + 27)) * (4 if codec == "fp32" else 2)
+    assert its.parts["bank"] + its.parts["base"] == bank.nbytes + constants
+    assert factors < its.parts["bank"] <= factors + 3 * 128 * 4
+    assert (its.num_blocks, its.num_parameters) == (3, 40 * 30 + 30 + 8 * 27)
+    assert its.parts["composed"] == its.parts["base"] - constants
+    header = 4096 * 2
+    assert its.disk - header <= path.stat().st_size <= its.disk + header
+    # What is small anyway stays in memory, and the largest block is one that is composed.
+    assert plans_of["stream"].parts["bank"] >= factors
+    assert plans_of["recompute"].parts["gradients"] == 40 * 30 * 4
+
+
 @pytest.mark.parametrize("memory", ["whole", "recompute", "stream"])
 def test_peak_of_a_step(memory: str, tmp_path: Path) -> None:
     """Counted tensors lie below the prediction, and by no more than what it rounds up to.
@@ -137,9 +195,16 @@ def test_budgets_and_names() -> None:
         ({"codec": "auto:1"}, "at least 1.125"),
         ({"memory": "swap"}, "unknown memory 'swap'"),
         ({"include": "nothing"}, "nothing to compose"),
+        ({"ranks": {"0.bias": 1}}, "ranks of what is no matrix to compose: 0.bias"),
+        ({"ranks": {"9.weight": 1}}, "ranks of what is no matrix to compose: 9.weight"),
     ):
         with pytest.raises(ValueError, match=message):
             ak.plan(module, 3, **options)
+
+
+def test_dtypes_that_cannot_be_composed() -> None:
+    with pytest.raises(TypeError, match=r"'0.weight' has dtype torch.float64, expected float32"):
+        ak.plan(deep(1).double(), 3)
 
 
 @pytest.mark.parametrize(
@@ -183,6 +248,34 @@ def test_command_on_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "fp32" not in printed
     assert "Take --codec" in printed
     assert bank.names == tuple(describe(path)[1]["names"])
+
+
+def test_command_on_low_rank_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base, path = tmp_path / "base.pt", tmp_path / "bank.safetensors"
+    module = Adapted()
+    torch.save(module.state_dict(), base)
+    files = []
+    for vector in adapters():
+        files.append(tmp_path / f"{vector.name}.safetensors")
+        vector.save(files[-1])
+    ak.TaskVectorBank.pack(path, module, adapters(), codec="int4")
+    printed = []
+    for arguments in ((base, *files, "--codec", "int4"), (path,), (path, "--codec", "int4")):
+        assert run(*arguments, "--memory", "recompute") == 0
+        printed.append(capsys.readouterr().out)
+    assert "3 task vectors, 3 blocks, 1,446 parameters; codec int4" in " ".join(printed[0].split())
+    # From the vectors' names and shapes the same as from the bank that is made of them.
+    assert printed[0] == printed[1] == printed[2]
+    ak.TaskVectorBank.from_task_vectors(module, adapters(1), lora="factorwise").save(path)
+    assert run(path) == 2
+    assert "lora='factorwise'" in capsys.readouterr().err
+    adapters(1)[0].dense().save(files[1])
+    ak.TaskVector({"last.weight": ak.LowRank(torch.ones(5, 1), torch.ones(1, 6))}).save(files[2])
+    assert run(base, *files) == 2
+    printed_error = capsys.readouterr().err
+    assert "'first.weight' is low-rank in" in printed_error
+    assert f"but dense in {files[1]}" in printed_error
+    assert "'last.weight' has shape (5, 6), in the base (5, 5)" in printed_error
 
 
 def test_command_finds_every_mistake_at_once(

@@ -12,6 +12,9 @@ if TYPE_CHECKING:
 
     from ..plan import Plan
 
+# Dtype and shape of tensors by name.
+Described = dict[str, tuple[str, list[int]]]
+
 _UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _UNITS |= {f"{prefix}i": 2 ** (10 * power) for power, prefix in enumerate("kMGT", 1)}
 
@@ -28,7 +31,8 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
         metavar="FILE",
         type=Path,
         nargs="*",
-        help="a bank; or the base's checkpoint, and the task vectors made from it",
+        help="a bank; or the base's checkpoint, and the task vectors (or folders of LoRA adapters) "
+        "made from it",
     )
     parser.add_argument(
         "--model",
@@ -62,7 +66,8 @@ def _run(arguments: argparse.Namespace) -> None:
         options["activations"] = activation_bytes(encoder, [_images(encoder, arguments.batch)])
     assert model is not None
     count = _count(arguments, options)
-    codec = arguments.codec or options.pop("codec", "bf16")
+    stored = options.pop("codec", "bf16")
+    codec = arguments.codec or stored
     if budget is None:
         its = plan(model, count, codec=codec, memory=arguments.memory, **options)
         _print(its, known="activations" in options)
@@ -105,45 +110,85 @@ def _model(arguments: argparse.Namespace) -> tuple[dict[str, Tensor] | nn.Module
     if kind == "bank":
         if vectors:
             raise ValueError(f"{first} is a bank: it holds its task vectors, name no others")
-        dtypes = {}
-        for index, (columns, _) in enumerate(fields["segments"]):
-            for column in columns:
-                dtypes[fields["blocks"][column]] = tensors[f"base.{index}"][0]
-        described = {
-            block: (dtypes[block], shape)
-            for block, shape in zip(fields["blocks"], fields["shapes"], strict=True)
-        }
-        return _ghosts(described), {"count": len(fields["names"]), "codec": fields["codec"]}
+        return _bank(first, fields, tensors)
     if kind not in ("", "model"):
         raise ValueError(f"{first} is a {kind}: expected a bank, or the base's checkpoint")
     problems: list[str] = []
-    changed: set[str] = set()
+    found: dict[str, dict[Path, int | None]] = {}
     for path in vectors:
-        its_kind, _, deltas = describe(path)
-        if its_kind != "task_vector":
-            raise ValueError(f"{path}: expected a task vector, made by atlas-kernels diff")
-        if any(name.startswith("factor.") for name in deltas):
-            raise ValueError(
-                f"{path}: a low-rank task vector; plan predicts dense and packed deltas only"
-            )
-        for name, (_, shape) in deltas.items():
-            block = name.removeprefix("delta.")
-            if not name.startswith("delta."):
-                continue
-            changed.add(block)
+        for block, (shape, rank) in _deltas(path).items():
+            found.setdefault(block, {})[path] = rank
             if block not in tensors:
                 problems.append(f"{path}: the base has no parameter {block!r}")
-            elif list(tensors[block][1]) != list(shape):
+            elif tensors[block][1] != shape:
                 problems.append(
                     f"{path}: {block!r} has shape {tuple(shape)}, in the base "
                     f"{tuple(tensors[block][1])}"
                 )
+    ranks: dict[str, int] = {}
+    for block, its in found.items():
+        factored = [path for path, rank in its.items() if rank is not None]
+        dense = [path for path, rank in its.items() if rank is None]
+        if factored and dense:
+            problems.append(f"{block!r} is low-rank in {factored[0]}, but dense in {dense[0]}")
+        elif factored:
+            # One file for each task vector, even where one is named twice.
+            ranks[block] = sum(its[path] or 0 for path in vectors if path in its)
     if problems:
         raise ValueError("the files do not fit together:\n  " + "\n  ".join(problems))
-    options: dict[str, Any] = {"count": len(vectors)} if vectors else {}
-    if changed:
-        options["include"] = sorted(map(_literal, changed))
+    options: dict[str, Any] = {"count": len(vectors), "ranks": ranks} if vectors else {}
+    if found:
+        options["include"] = sorted(map(_literal, found))
     return _ghosts(tensors), options
+
+
+def _bank(path: Path, fields: dict[str, Any], tensors: Described) -> tuple[dict[str, Tensor], Any]:
+    """What is to be planned of a bank."""
+    if fields.get("products"):
+        raise ValueError(
+            f"{path}: its weights are products of composed factors (lora='factorwise'), which plan "
+            "does not predict; it does lora='product'"
+        )
+    described = {name: tensors[f"constant.{name}"] for name in fields["constants"]}
+    ranks: dict[str, int] = {}
+    for index, (columns, _) in enumerate(fields["segments"]):
+        low_rank = fields.get("low_rank", {}).get(str(index))
+        for k, column in enumerate(columns):
+            block = fields["blocks"][column]
+            described[block] = tensors[f"base.{index}"][0], fields["shapes"][column]
+            if low_rank is not None:
+                ranks[block] = sum(low_rank["ranks"][k])
+    return _ghosts(described), {
+        "count": len(fields["names"]),
+        "codec": fields["codec"],
+        "ranks": ranks,
+        "include": [_literal(block) for block in fields["blocks"]],
+    }
+
+
+def _deltas(path: Path) -> dict[str, tuple[list[int], int | None]]:
+    """Shape of every delta of a task vector or an adapter, and its rank if it is low-rank."""
+    if path.is_dir():
+        from ..peft import read_adapter
+
+        return {name: (list(its.shape), its.rank) for name, its in read_adapter(path).items()}
+    from ..checkpoints import describe
+
+    kind, _, tensors = describe(path)
+    if kind != "task_vector":
+        raise ValueError(
+            f"{path}: expected a task vector, made by atlas-kernels diff, or the folder of a LoRA "
+            "adapter"
+        )
+    found: dict[str, tuple[list[int], int | None]] = {}
+    for name, (_, shape) in tensors.items():
+        if name.startswith("delta."):
+            found[name.removeprefix("delta.")] = shape, None
+        elif name.startswith("factor.up."):
+            block = name.removeprefix("factor.up.")
+            down = tensors[f"factor.down.{block}"][1]
+            found[block] = [shape[0], *down[1:]], shape[1]
+    return found
 
 
 def _literal(name: str) -> str:
@@ -151,7 +196,7 @@ def _literal(name: str) -> str:
     return re.sub(r"([*?[])", r"[\1]", name)
 
 
-def _pickled(path: Path) -> dict[str, tuple[str, list[int]]]:
+def _pickled(path: Path) -> Described:
     from ..checkpoints import read_state_dict
 
     return {
@@ -160,7 +205,7 @@ def _pickled(path: Path) -> dict[str, tuple[str, list[int]]]:
     }
 
 
-def _ghosts(described: dict[str, tuple[str, list[int]]]) -> dict[str, Tensor]:
+def _ghosts(described: Described) -> dict[str, Tensor]:
     import torch
 
     from ..checkpoints import torch_dtype
