@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import nn
 
-from atlas_kernels import cli
+from atlas_kernels import cli, pickles
 from atlas_kernels.checkpoints import FileFormatError, read_state_dict
 
 
@@ -199,6 +199,7 @@ def test_no_code_of_a_file_runs(tmp_path) -> None:
     with pytest.raises(FileFormatError):
         read_state_dict(path, allow_pickle=True)
     assert torch._utils._rebuild_tensor_v2.__defaults__ == before
+    assert pickles._rebuilt.__defaults__ is None
     assert not evil.exists()
 
 
