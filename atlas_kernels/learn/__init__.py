@@ -55,6 +55,8 @@ from .selection import (
 )
 from .test_time import (
     SAR,
+    TEST_TIME,
+    TEST_TIME_SAR,
     UFM,
     Adaptation,
     Entropy,
@@ -74,6 +76,8 @@ __all__ = [
     "NEGATION",
     "PER_INSTANCE",
     "SAR",
+    "TEST_TIME",
+    "TEST_TIME_SAR",
     "TIP_FROZEN",
     "TIP_JOINT",
     "UFM",
