@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import need
 from tolerances import dot_error
@@ -20,8 +20,9 @@ import atlas_kernels as ak
 from atlas_kernels import reference
 from atlas_kernels.codecs import CODECS, Packed
 from atlas_kernels.codecs.packed import GROUP
-from atlas_kernels.layout import TILE, Layout, pieces
+from atlas_kernels.layout import CHUNK_TILES, TILE, Layout, pieces
 from atlas_kernels.ops import ABSENT, SCHEMAS
+from atlas_kernels.partition import group_of, slots, tile_keys
 
 cpp = importlib.import_module("atlas_kernels.backends.cpp")
 OPS = torch.ops.atlas_kernels_cpp
@@ -111,6 +112,40 @@ def packed_bank(
     return layout, arena, words, scales
 
 
+def stored_bank(
+    seed: int, codec: Packed | None, num_vectors: int, shapes: list[tuple[int, ...]]
+) -> tuple[Layout, Tensor, tuple[Tensor, Tensor | None, int]]:
+    """A layout, one arena row, and the deltas as the partitioned operators take them."""
+    if codec is None:
+        layout, arena, deltas = bank(seed, num_vectors, shapes)
+        return layout, arena, (deltas, None, 0)
+    layout, arena, words, scales = packed_bank(seed, codec, num_vectors, shapes)
+    return layout, arena, (words, scales, codec.bits)
+
+
+def deltas_of(
+    stored: tuple[Tensor, Tensor | None, int],
+    codec: Packed | None,
+    num_vectors: int,
+    start: int,
+    end: int,
+) -> Tensor:
+    """[N, elements] of a block's range of the arena."""
+    deltas, scales, _ = stored
+    first, last, length = num_vectors * start, num_vectors * end, end - start
+    if codec is None or scales is None:
+        return rows_of(deltas[first:last], length, num_vectors)
+    return codec.decode(
+        rows_of(deltas[codec.items(first) : codec.items(last)], length, num_vectors),
+        rows_of(scales[codec.scales(first) : codec.scales(last)], length, num_vectors),
+    )
+
+
+def keys_of(layout: Layout, seed: int) -> Tensor:
+    """Of blocks called 0, 1, 2 ..."""
+    return tile_keys([str(b) for b in range(len(layout.shapes))], layout, seed)
+
+
 def rows_of(region: Tensor, length: int, num_vectors: int) -> Tensor:
     """The interleaved rows of a block as [N, items]."""
     views = pieces(region, length, num_vectors)
@@ -171,11 +206,7 @@ def test_packed_gradient_is_within_rounding(
     result = OPS.packed_coef_grad(grad, words, scales, codec.bits, *tables, num_vectors, FLOAT32)
     assert result.shape == (num_vectors, len(shapes))
     for b, (start, end) in enumerate(zip(layout.offsets, layout.offsets[1:], strict=False)):
-        first, last = num_vectors * start, num_vectors * end
-        deltas = codec.decode(
-            rows_of(words[codec.items(first) : codec.items(last)], end - start, num_vectors),
-            rows_of(scales[codec.scales(first) : codec.scales(last)], end - start, num_vectors),
-        )
+        deltas = deltas_of((words, scales, codec.bits), codec, num_vectors, start, end)
         for value, delta in zip(result[:, b], deltas, strict=True):
             expected = (grad[start:end].double() * delta.double()).sum()
             assert abs(value - expected) <= dot_error(grad[start:end], delta)
@@ -230,6 +261,59 @@ def test_every_rounding_is_to_nearest_even(dtype: torch.dtype) -> None:
     assert equal(composed, (floats + 0.0).to(dtype))
 
 
+def partition_results(
+    seed: int,
+    codec: Packed | None,
+    num_vectors: int,
+    groups: int,
+    shapes: list[tuple[int, ...]],
+) -> list[Tensor]:
+    """Both directions."""
+    layout, arena, stored = stored_bank(seed, codec, num_vectors, shapes)
+    generator = torch.Generator().manual_seed(seed)
+    coef = torch.randn(num_vectors, len(shapes), groups, generator=generator)
+    keys = keys_of(layout, seed)
+    chunks = layout.chunk_tile, layout.block_chunk
+    return [
+        OPS.partition_compose(arena, *stored, coef, layout.tile_block, layout.tile_offset, keys),
+        OPS.partition_coef_grad(
+            arena, *stored, layout.tile_offset, keys, *chunks, num_vectors, groups, FLOAT32
+        ),
+    ]
+
+
+@pytest.mark.parametrize("codec", [None, *PACKED], ids=lambda codec: codec and codec.name)
+@settings(max_examples=15)
+@given(
+    st.integers(0, 2**32),
+    st.sampled_from([0, 1, 2, 3, 5, 17]),
+    st.lists(st.sampled_from(SHAPES), max_size=3),
+    st.sampled_from([1, 2, 5, 80, 1200, TILE]),
+)
+def test_partitions_against_the_reference(
+    codec: Packed | None, seed: int, num_vectors: int, shapes: list[tuple[int, ...]], groups: int
+) -> None:
+    layout, arena, stored = stored_bank(seed, codec, num_vectors, shapes)
+    composed, result = partition_results(seed, codec, num_vectors, groups, shapes)
+    generator = torch.Generator().manual_seed(seed)
+    coef = torch.randn(num_vectors, len(shapes), groups, generator=generator)
+    tables, keys = (layout.tile_block, layout.tile_offset), keys_of(layout, seed)
+    assert equal(composed, reference.partition_compose(arena, *stored, coef, *tables, keys))
+    assert result.shape == coef.shape
+    chunks = layout.chunk_tile, layout.block_chunk
+    exact = reference.partition_coef_grad(
+        arena, *stored, layout.tile_offset, keys, *chunks, num_vectors, groups, torch.float64
+    )
+    for b, (start, end) in enumerate(zip(layout.offsets, layout.offsets[1:], strict=False)):
+        group = group_of(slots(keys[layout.tile_block == b], TILE), groups).flatten()
+        deltas = deltas_of(stored, codec, num_vectors, start, end)
+        for i, delta in enumerate(deltas):
+            for k in group[: end - start].unique().tolist()[:: max(1, groups // 3)]:
+                its = group[: end - start] == k
+                bound = dot_error(arena[start:end][its], delta[its])
+                assert abs(result[i, b, k] - exact[i, b, k]) <= bound
+
+
 def packed_results(seed: int, codec: Packed, num_vectors: int) -> list[Tensor]:
     """Both directions on four blocks of very unequal size."""
     shapes: list[tuple[int, ...]] = [(3,), (0,), (333, 99), (TILE,)]
@@ -260,6 +344,9 @@ def workload() -> str:
         )
         for codec in PACKED:
             results += packed_results(seed, codec, num_vectors)
+        for stored in (None, PACKED[seed % len(PACKED)]):
+            shapes = [(3,), (0,), (133, 99), (TILE,)]
+            results += partition_results(seed, stored, num_vectors, 1 << seed, shapes)
     for dtype in (BFLOAT16, FLOAT16):
         special = torch.tensor([torch.inf, -torch.inf, 65519.0, 65520.0, 1e-7, 3e-8, 2e-8, -1e-40])
         ones = torch.ones(1, 1)
@@ -315,6 +402,9 @@ def test_every_number_of_threads_gives_the_same_bits() -> None:
                 OPS.bank_compose(grad, flat, coef, *tables)[-999:],
                 # Large enough with 55 vectors.
                 *(tensor for codec in PACKED for tensor in packed_results(0, codec, 55)),
+                # One chunk, shared out vector by vector, and several.
+                *partition_results(0, None, 9, 80, [(TILE * CHUNK_TILES,)]),
+                *partition_results(0, PACKED[0], 3, 80, [(7,), (TILE * CHUNK_TILES + 1,)]),
             )
     finally:
         torch.set_num_threads(before)
@@ -408,6 +498,8 @@ def operator_arguments() -> dict[str, tuple[Any, ...]]:
     units, wide, words, scales = packed_bank(3, PACKED[2], 2, [(70, 70), (), (0,), (5,)])
     packed = words, scales, PACKED[2].bits
     unit_tables = units.tile_block, units.tile_offset
+    grouped, keys = torch.randn(2, 4, 5), keys_of(layout, 0)
+    chunks = layout.chunk_tile, layout.block_chunk
     return {
         "compose": (base, deltas, coef),
         "coef_grad": (base, deltas, FLOAT32),
@@ -415,6 +507,8 @@ def operator_arguments() -> dict[str, tuple[Any, ...]]:
         "bank_coef_grad": (arena, flat, *tables, layout.block_tile, 2, FLOAT32),
         "packed_compose": (wide, *packed, coef, *unit_tables),
         "packed_coef_grad": (wide, *packed, *unit_tables, units.block_tile, 2, FLOAT32),
+        "partition_compose": (arena, flat, None, 0, grouped, *tables, keys),
+        "partition_coef_grad": (*(arena, flat, None, 0, tables[1], keys, *chunks, 2, 5, FLOAT32),),
     }
 
 
@@ -512,6 +606,32 @@ def test_packed_arguments_that_do_not_fit_are_refused() -> None:
         OPS.packed_coef_grad(grad, words, scales, bits, tile_block, tile_offset, block_tile, *last)
 
 
+def test_partitions_that_do_not_fit_are_refused() -> None:
+    base, deltas, _, _, coef, *tables, keys = operator_arguments()["partition_compose"]
+
+    def compose(deltas: Any = deltas, bits: int = 0, coef: Tensor = coef, keys: Any = keys) -> None:
+        OPS.partition_compose(base, deltas, None, bits, coef, *tables, keys)
+
+    with pytest.raises(RuntimeError, match="expected scales of deltas of 4 bits"):
+        compose(bits=4)
+    with pytest.raises(RuntimeError, match="expected deltas of shape"):
+        compose(deltas=deltas[:-16])
+    with pytest.raises(RuntimeError, match=r"contiguous coef of shape \(N, B, K\)"):
+        compose(coef=coef[..., 0])
+    with pytest.raises(RuntimeError, match="expected 1 to 4096 groups, got 4097"):
+        compose(coef=torch.zeros(2, 4, 4097))
+    with pytest.raises(RuntimeError, match="tile_block does not fit coef"):
+        compose(coef=coef[:, :3].contiguous())
+    with pytest.raises(RuntimeError, match="tile_key does not fit"):
+        compose(keys=keys[1:])
+    arguments = list(operator_arguments()["partition_coef_grad"])
+    for place, message in ((6, "chunk_tile does not fit"), (7, "block_chunk does not fit")):
+        changed = list(arguments)
+        changed[place] = changed[place] + 1
+        with pytest.raises(RuntimeError, match=message):
+            OPS.partition_coef_grad(*changed)
+
+
 def test_missing_binary(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(cpp, "_BINARY", tmp_path / "_cpp.abi3.so")
     reason = cpp.unavailable()
@@ -547,4 +667,4 @@ def test_kernels_under_sanitizers(capability: str, tmp_path: Path) -> None:
     subprocess.run([*compiler, *map(str, sources), "-o", str(binary)], check=True)
     result = subprocess.run([str(binary)], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert result.stdout == "1440 runs\n"
+    assert result.stdout == "1728 runs\n"

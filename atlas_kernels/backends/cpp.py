@@ -7,9 +7,6 @@ from pathlib import Path
 
 import torch
 
-from .. import ops, reference
-
-_library = torch.library.Library(ops.namespace("cpp"), "IMPL")
 _BINARY = Path(__file__).parent.parent / "_cpp.abi3.so"
 _REBUILD = "`pip install --no-build-isolation --force-reinstall --no-deps .` in the checkout"
 
@@ -32,8 +29,6 @@ def devices() -> tuple[str, ...]:
 def register() -> None:
     """Implements the operators; loading the binary does."""
     _load()
-    for name in ("partition_compose", "partition_coef_grad"):
-        _library.impl(name, getattr(reference, name), "CPU")
 
 
 @functools.cache

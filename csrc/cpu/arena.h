@@ -37,16 +37,18 @@ class Arena {
   int64_t tiles() const { return tiles_; }
   DType dtype() const { return dtype_; }
 
+  Tile tile(int64_t t) const {
+    const int64_t start = offset_[t];
+    return {t, start, offset_[t + 1] - start, wide_ + start * size_of(dtype_)};
+  }
+
   // Calls work(tile) for every tile, in parallel, on copies of `work`: what it holds is a thread's
   // own.
   template <class Work>
   void for_each_tile(const Work& work) const {
     for_tiles(tiles_, offset_[tiles_] * (1 + num_vectors_), [&](int64_t first, int64_t last) {
       Work own = work;
-      for (int64_t t = first; t < last; ++t) {
-        const int64_t start = offset_[t];
-        own(Tile{t, start, offset_[t + 1] - start, wide_ + start * size_of(dtype_)});
-      }
+      for (int64_t t = first; t < last; ++t) own(tile(t));
     });
   }
 
@@ -56,6 +58,62 @@ class Arena {
   DType dtype_;
   const int64_t* offset_;
 };
+
+// Words [N * P * bits / 32] and scales [N * P / kGroup] of an arena of P elements.
+class Packed {
+ public:
+  Packed(const Tensor& words, const Tensor& scales, int64_t bits, int64_t num_vectors,
+         int64_t numel)
+      : bits_(bits), num_vectors_(num_vectors) {
+    STD_TORCH_CHECK((bits >= 1 && bits <= 4) || bits == 8, "expected 1, 2, 3, 4 or 8 bits, got ",
+                    bits);
+    STD_TORCH_CHECK(
+        words.scalar_type() == ScalarType::Int && scales.scalar_type() == ScalarType::BFloat16,
+        "expected words in int32 and scales in bfloat16");
+    STD_TORCH_CHECK(words.is_contiguous() && scales.is_contiguous(),
+                    "arenas and tables must be contiguous");
+    STD_TORCH_CHECK(words.numel() * 32 == num_vectors * numel * bits,
+                    "expected words of shape [N * P * bits / 32] for arenas of shape [P]");
+    STD_TORCH_CHECK(scales.numel() * kGroup == num_vectors * numel,
+                    "expected scales of shape [N * P / ", kGroup, "] for arenas of shape [P]");
+    words_ = static_cast<const uint32_t*>(words.const_data_ptr());
+    scales_ = static_cast<const uint16_t*>(scales.const_data_ptr());
+  }
+
+  int64_t unit() const { return unit_of(bits_); }
+
+  PackedRows rows(const Tile& tile) const {
+    const int64_t start = num_vectors_ * tile.start;
+    return {words_ + start * bits_ / 32, scales_ + start / kGroup, bits_, num_vectors_};
+  }
+
+ private:
+  int64_t bits_, num_vectors_;
+  const uint32_t* words_;
+  const uint16_t* scales_;
+};
+
+// The entries of tile_block, checked.
+inline const int32_t* blocks_of(const Tensor& tile_block, const Arena& arena, int64_t num_blocks) {
+  STD_TORCH_CHECK(tile_block.numel() == arena.tiles() && tile_block.is_contiguous(),
+                  "tile_block does not fit tile_offset");
+  const int32_t* block = tile_block.const_data_ptr<int32_t>();
+  STD_TORCH_CHECK(std::all_of(block, block + arena.tiles(),
+                              [=](int32_t b) { return b >= 0 && b < num_blocks; }),
+                  "tile_block does not fit coef");
+  return block;
+}
+
+// The entries of a table of ranges that cover [0, end) in order.
+inline std::vector<int64_t> bounds_of(const Tensor& table, int64_t end, const char* message) {
+  STD_TORCH_CHECK(table.is_contiguous(), "tables must be contiguous");
+  const int32_t* first = table.const_data_ptr<int32_t>();
+  const std::vector<int64_t> bounds(first, first + table.numel());
+  STD_TORCH_CHECK(!bounds.empty() && bounds[0] == 0 && bounds.back() == end &&
+                      std::is_sorted(bounds.begin(), bounds.end()),
+                  message);
+  return bounds;
+}
 
 // Calls kernel(tile, dtype, coefficients of its block, where the result goes, stream) for every
 // tile; returns the composed arena.
@@ -67,12 +125,7 @@ Tensor compose_arena(const Tensor& base, const Tensor& coef, const Tensor& tile_
                   "expected contiguous coef of shape (N, B)");
   const int64_t num_vectors = coef.size(0), num_blocks = coef.size(1);
   const Arena arena(base, tile_offset, num_vectors, unit);
-  STD_TORCH_CHECK(tile_block.numel() == arena.tiles() && tile_block.is_contiguous(),
-                  "tile_block does not fit tile_offset");
-  const int32_t* block = tile_block.const_data_ptr<int32_t>();
-  STD_TORCH_CHECK(std::all_of(block, block + arena.tiles(),
-                              [=](int32_t b) { return b >= 0 && b < num_blocks; }),
-                  "tile_block does not fit coef");
+  const int32_t* block = blocks_of(tile_block, arena, num_blocks);
   const DType dtype = arena.dtype();
   const int64_t output = base.numel() * size_of(dtype);
   expect_outputs(output);
@@ -93,12 +146,7 @@ Tensor dot_arena(const Tensor& grad, const Tensor& tile_offset, const Tensor& bl
                  int64_t num_vectors, ScalarType dtype, int64_t unit, Kernel kernel) {
   check_float32(dtype);
   const Arena arena(grad, tile_offset, num_vectors, unit);
-  STD_TORCH_CHECK(block_tile.is_contiguous(), "tables must be contiguous");
-  const int32_t* first_tile = block_tile.const_data_ptr<int32_t>();
-  const std::vector<int64_t> tiles(first_tile, first_tile + block_tile.numel());
-  STD_TORCH_CHECK(!tiles.empty() && tiles[0] == 0 && tiles.back() == arena.tiles() &&
-                      std::is_sorted(tiles.begin(), tiles.end()),
-                  "block_tile does not fit tile_offset");
+  const auto tiles = bounds_of(block_tile, arena.tiles(), "block_tile does not fit tile_offset");
   std::vector<float> partials(arena.tiles() * num_vectors);
   float* results = partials.data();
   const DType wide = arena.dtype();

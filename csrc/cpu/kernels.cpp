@@ -3,6 +3,7 @@
 
 #include "dense.h"
 #include "packed.h"
+#include "partition.h"
 
 namespace atlas {
 namespace ATLAS_CAPABILITY {
@@ -16,8 +17,9 @@ void fence() {
 
 }  // namespace
 
-extern const Kernels kernels = {compose_tile, dot_tile, packed_compose_tile, packed_dot_tile,
-                                fence};
+extern const Kernels kernels = {
+    compose_tile,       dot_tile, packed_compose_tile, packed_dot_tile, partition_compose_tile,
+    partition_dot_tile, fence};
 
 }  // namespace ATLAS_CAPABILITY
 }  // namespace atlas

@@ -43,6 +43,23 @@ struct PackedRows {
   int64_t count;
 };
 
+// A tile of task vectors of either kind, one after the other.
+struct StoredRows {
+  const void* items;       // floating-point elements, or words
+  const uint16_t* scales;  // of words
+  int64_t bits;            // of a code; 0 for floating point
+  DType dtype;             // of floating-point elements
+  int64_t count;
+};
+
+// Coefficients of a block: those of vector i, for `groups` groups of elements that the key of a
+// tile decides (see atlas_kernels/partition.py), begin at i * stride.
+struct GroupedCoef {
+  const float* data;
+  int64_t stride;
+  int64_t groups;  // at most kTile
+};
+
 struct Kernels {
   // out[e] = base[e] + sum over rows of coef * data[e], for e < length <= kTile. `stream` writes
   // around the caches where the address allows.
@@ -58,6 +75,13 @@ struct Kernels {
   // result[i] = sum over groups of scale * (sum over the group of grad[e] * level).
   void (*packed_dot_tile)(const void* grad, DType dtype, const PackedRows& rows, int64_t length,
                           float* result);
+  // For either kind and a `length` of whole lanes or units:
+  // out[e] = base[e] + sum over rows i of coef[i, group(e)] * data[e].
+  void (*partition_compose_tile)(const void* base, void* out, DType dtype, const StoredRows& rows,
+                                 const GroupedCoef& coef, uint32_t key, int64_t length);
+  // by_slot[i * kTile + slot(e)] += grad[e] * data[e] of row first + i, for all i < count.
+  void (*partition_dot_tile)(const void* grad, DType dtype, const StoredRows& rows, int64_t first,
+                             int64_t count, uint32_t key, int64_t length, float* by_slot);
   // Orders streamed stores before everything that follows.
   void (*fence)();
 };

@@ -6,40 +6,6 @@
 namespace atlas {
 namespace {
 
-// Words [N * P * bits / 32] and scales [N * P / kGroup] of an arena of P elements.
-class Packed {
- public:
-  Packed(const Tensor& words, const Tensor& scales, int64_t bits, int64_t num_vectors,
-         int64_t numel)
-      : bits_(bits), num_vectors_(num_vectors) {
-    STD_TORCH_CHECK((bits >= 1 && bits <= 4) || bits == 8, "expected 1, 2, 3, 4 or 8 bits, got ",
-                    bits);
-    STD_TORCH_CHECK(
-        words.scalar_type() == ScalarType::Int && scales.scalar_type() == ScalarType::BFloat16,
-        "expected words in int32 and scales in bfloat16");
-    STD_TORCH_CHECK(words.is_contiguous() && scales.is_contiguous(),
-                    "arenas and tables must be contiguous");
-    STD_TORCH_CHECK(words.numel() * 32 == num_vectors * numel * bits,
-                    "expected words of shape [N * P * bits / 32] for arenas of shape [P]");
-    STD_TORCH_CHECK(scales.numel() * kGroup == num_vectors * numel,
-                    "expected scales of shape [N * P / ", kGroup, "] for arenas of shape [P]");
-    words_ = static_cast<const uint32_t*>(words.const_data_ptr());
-    scales_ = static_cast<const uint16_t*>(scales.const_data_ptr());
-  }
-
-  int64_t unit() const { return unit_of(bits_); }
-
-  PackedRows rows(const Tile& tile) const {
-    const int64_t start = num_vectors_ * tile.start;
-    return {words_ + start * bits_ / 32, scales_ + start / kGroup, bits_, num_vectors_};
-  }
-
- private:
-  int64_t bits_, num_vectors_;
-  const uint32_t* words_;
-  const uint16_t* scales_;
-};
-
 Tensor packed_compose(const Tensor& base, const Tensor& words, const Tensor& scales, int64_t bits,
                       const Tensor& coef, const Tensor& tile_block, const Tensor& tile_offset) {
   const Packed source(words, scales, bits, coef.size(0), base.numel());

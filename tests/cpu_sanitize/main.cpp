@@ -80,6 +80,31 @@ int main() {
       }
     }
   }
+  // Floating point, then packed.
+  const int64_t kinds[] = {0, 0, 0, 1, 2, 3, 4, 8};
+  for (int64_t kind = 0; kind < 8; ++kind) {
+    const int64_t bits = kinds[kind];
+    const DType dtype = dtypes[kind % 3];
+    const int64_t unit = bits == 0 ? kLanes : unit_of(bits);
+    for (int64_t length : {int64_t{0}, unit, 5 * unit, kTile}) {
+      for (int64_t num_rows : {0, 1, 3}) {
+        for (int64_t groups : {int64_t{1}, int64_t{5}, kTile}) {
+          const int64_t item_bits = bits == 0 ? 8 * size_of(dtype) : bits;
+          Bytes base(length * size_of(dtype), 0), out(length * size_of(dtype), 0);
+          Bytes items(num_rows * length * item_bits / 8, 4);
+          Bytes scales(num_rows * length / kGroup * 2, 4);
+          Bytes coef(4 * num_rows * groups, 0), sums(4 * num_rows * kTile, 0);
+          const StoredRows rows{items.data(), reinterpret_cast<const uint16_t*>(scales.data()),
+                                bits, dtype, num_rows};
+          const GroupedCoef its{reinterpret_cast<const float*>(coef.data()), groups, groups};
+          kernels.partition_compose_tile(base.data(), out.data(), dtype, rows, its, 77u, length);
+          kernels.partition_dot_tile(base.data(), dtype, rows, 0, num_rows, 77u, length,
+                                     reinterpret_cast<float*>(sums.data()));
+          ++runs;
+        }
+      }
+    }
+  }
   kernels.fence();
   std::printf("%lld runs\n", static_cast<long long>(runs));
 }
