@@ -1,6 +1,6 @@
 """Few-shot accuracy by the kind of task vectors: all weights, linearised, LoRA in both modes.
 
-    python -m bench.vectors FOLDER [--targets mnist-rotated ...] [--shots 16] [--seeds 3]
+    python -m bench.vectors FOLDER [--targets NAME ...] [--sources NAME ...] [--shots 16] [--seeds 3]
 
 Makes the linearised and LoRA vectors of the source tasks that FOLDER lacks, learns coefficients per
 block (aTLAS) from the same shots with each kind, and prints mean test accuracies, differences to
@@ -28,6 +28,7 @@ from atlas_kernels.demo.processes import run_jobs
 from atlas_kernels.demo.vectors import Kind, make_vector
 from atlas_kernels.learn import Recipe, classify, learn
 
+TARGETS = ("mnist-rotated", "fashion-inverted", "animals-noise")
 SOURCES = (
     "digits-rotated",
     "mnist-flipped",
@@ -51,7 +52,7 @@ def main() -> None:
     """Runs everything and prints the table."""
     parser = argparse.ArgumentParser(prog="python -m bench.vectors", description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--targets", nargs="+", default=["mnist-rotated"])
+    parser.add_argument("--targets", nargs="+", default=list(TARGETS))
     parser.add_argument("--sources", nargs="+", default=list(SOURCES))
     parser.add_argument("--shots", type=int, default=16)
     parser.add_argument("--seeds", type=int, default=3)
