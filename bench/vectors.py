@@ -1,6 +1,6 @@
 """Few-shot accuracy by the kind of task vectors: all weights, linearised, LoRA in both modes.
 
-    python -m bench.vectors FOLDER [--targets NAME ...] [--sources NAME ...] [--shots 16] [--seeds 3]
+    python -m bench.vectors FOLDER [--targets NAME ...] [--sources NAME ...] [--shots 16]
 
 Makes the linearised and LoRA vectors of the source tasks that FOLDER lacks, learns coefficients per
 block (aTLAS) from the same shots with each kind, and prints mean test accuracies, differences to
