@@ -28,9 +28,9 @@ from atlas_kernels.demo.experiment import (
     TARGETS,
     Grid,
     Results,
-    default_processes,
     run_grid,
 )
+from atlas_kernels.experiments.processes import default_processes
 
 CODECS = ("bf16", "int8", "int4", "int3", "int2", "sign", "auto:3", "auto:2")
 METHOD = "block"

@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from atlas_kernels.demo.processes import run_jobs
 from rich.console import Console
 from rich.table import Table
 
@@ -24,7 +25,6 @@ from atlas_kernels import ComposedModel, LinearizedModel, TaskVectorBank
 from atlas_kernels.clip import ImageClassifier
 from atlas_kernels.demo.assets import asset_folder
 from atlas_kernels.demo.experiment import Cell, Grid, Problem, default_processes
-from atlas_kernels.demo.processes import run_jobs
 from atlas_kernels.demo.vectors import Kind, make_vector
 from atlas_kernels.learn import Recipe, classify, learn
 

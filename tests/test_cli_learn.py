@@ -1,4 +1,4 @@
-"""``learn few-shot``, on embedded tasks and on one's own model and images."""
+"""``learn``: every method on embedded tasks, few-shot also on one's own model and images."""
 
 import json
 from pathlib import Path
@@ -17,10 +17,11 @@ import atlas_kernels as ak
 from atlas_kernels import cli
 from atlas_kernels.checkpoints import read_state_dict, read_tensors
 from atlas_kernels.clip import build_embedded_model, embedded_model_config, load_embedded_model
-from atlas_kernels.demo.experiment import Problem
+from atlas_kernels.experiments.config import FewShotRun
+from atlas_kernels.experiments.methods import Setting
 
 TASK = "digits-inverted"
-QUICK = ("--task", TASK, "--shots", "2", "--epochs", "2")
+QUICK = ("--task", TASK, "--shots", "2", "--epochs", "2", "--batch", "32")
 COLORS = {"dark_red": (150, 20, 30), "blue": (20, 40, 200)}
 
 
@@ -40,7 +41,7 @@ def repeatable(folder: Path) -> tuple:
     tensors = [read_state_dict(folder / name) for name in names]
     return (
         history,
-        its["test"],
+        its["metrics"],
         [{name: t.tolist() for name, t in each.items()} for each in tensors],
     )
 
@@ -56,6 +57,7 @@ def test_embedded_task_end_to_end(finished) -> None:
     its = results(finished)
     assert sorted(path.name for path in finished.iterdir()) == [
         "coefficients.safetensors",
+        "config.yaml",
         "history.png",
         "merged.safetensors",
         "results.json",
@@ -63,21 +65,23 @@ def test_embedded_task_end_to_end(finished) -> None:
     assert (finished / "history.png").read_bytes().startswith(b"\x89PNG")
     assert TASK not in its["vectors"]
     assert (len(its["vectors"]), its["blocks"], len(its["history"])) == (23, 56, 3)
-    assert its["settings"]["task"] == TASK
-    assert its["settings"]["codec"] == "bf16"
+    assert its["settings"]["run"]["target"] == TASK
+    assert its["settings"]["run"]["codec"] == "bf16"
     assert "torch" in its["versions"]
     assert its["history"][0]["loss"] is None
     assert its["history"][2]["loss"] < its["history"][1]["loss"]
-    assert its["test"]["learned"] > its["test"]["zero_shot"] + 0.1
+    zero_shot, learned = its["zero_shot"]["test"], its["metrics"]["test"]
+    assert learned > zero_shot + 0.1
     # What was written scores what was reported: a new model from the merged file.
-    from atlas_kernels.demo.assets import asset_folder
-    from atlas_kernels.demo.experiment import Cell, Grid
+    from atlas_kernels.clip import ImageClassifier
+    from atlas_kernels.experiments.workspace import EmbeddedWorkspace
 
-    problem = Problem(Cell(TASK, "zero_shot"), Grid(), asset_folder())
-    model = problem.classifier()
-    assert problem.test(model) == its["test"]["zero_shot"]
-    problem.visual.load_state_dict(read_state_dict(finished / "merged.safetensors"))
-    assert problem.test(model) == its["test"]["learned"]
+    space = EmbeddedWorkspace()
+    visual = space.encoder()
+    setting = Setting(space, FewShotRun(target=TASK))
+    assert setting.test(ImageClassifier(visual, space.head(TASK))) == zero_shot
+    visual.load_state_dict(read_state_dict(finished / "merged.safetensors"))
+    assert setting.test(ImageClassifier(visual, space.head(TASK))) == learned
 
 
 def test_same_seed_same_bits_and_another_seed_others(finished, tmp_path) -> None:
@@ -88,15 +92,16 @@ def test_same_seed_same_bits_and_another_seed_others(finished, tmp_path) -> None
 
 
 def test_interrupted_run_goes_on_to_the_same_bits(finished, tmp_path, monkeypatch, capsys) -> None:
-    real, calls = Problem.validate, []
+    real, calls = Setting.validate, []
 
     def interrupted(self, model):
         calls.append(model)
-        if len(calls) == 3:
+        # The base, then the start, one epoch, and in the middle of the second.
+        if len(calls) == 4:
             raise KeyboardInterrupt
         return real(self, model)
 
-    monkeypatch.setattr(Problem, "validate", interrupted)
+    monkeypatch.setattr(Setting, "validate", interrupted)
     assert few_shot(*QUICK, "-o", tmp_path) == 130
     error = capsys.readouterr().err
     assert f"finished epochs are kept in {tmp_path}" in error
@@ -111,8 +116,8 @@ def test_interrupted_run_goes_on_to_the_same_bits(finished, tmp_path, monkeypatc
         assert message in capsys.readouterr().err
     assert (tmp_path / "training.safetensors").read_bytes() == state
     assert few_shot(*QUICK, "--resume", "-o", tmp_path) == 0
-    # The start and one epoch, the interrupted one, and that one again.
-    assert len(calls) == 4
+    # Those four, the base again, the interrupted epoch again, and the result.
+    assert len(calls) == 7
     assert repeatable(tmp_path) == repeatable(finished)
     assert not (tmp_path / "training.safetensors").exists()
 
@@ -194,9 +199,9 @@ def test_own_model_and_images(own, tmp_path, capsys) -> None:
     assert "2 classes, 58 images to learn from, 6 for validation, 16 for test" in printed
     its = results(tmp_path)
     # A random model sees next to no colour; the two are as far apart as colours are.
-    assert its["test"]["zero_shot"] <= 0.7
-    assert its["test"]["learned"] >= 0.9
-    assert its["settings"]["template"] == ["a photo of a {}."]
+    assert its["zero_shot"]["test"] <= 0.7
+    assert its["metrics"]["test"] >= 0.9
+    assert its["settings"]["source"]["template"] == ["a photo of a {}."]
     merged = read_state_dict(tmp_path / "merged.safetensors")
     assert merged.keys() == own.base.keys()
     for name, tensor in own.base.items():
@@ -228,7 +233,7 @@ def test_head_is_that_of_the_class_names(own, tmp_path, monkeypatch) -> None:
         seen.append((dict(model.state_dict()), classnames, templates))
         raise ValueError("enough")
 
-    monkeypatch.setattr("atlas_kernels.clip.zero_shot_head", head)
+    monkeypatch.setattr("atlas_kernels.experiments.workspace.zero_shot_head", head)
     assert few_shot(*of(own), "--template", "a {} thing", "-o", tmp_path) == 2
     state, classnames, templates = seen[0]
     assert classnames == ("blue", "dark red")
@@ -247,9 +252,9 @@ def test_head_is_that_of_the_class_names(own, tmp_path, monkeypatch) -> None:
         (("--lr", 0), "lr > 0"),
         (("--codec", "int99"), "unknown codec 'int99'"),
         (("--memory", "none"), "argument --memory: invalid choice: 'none'"),
-        (("--template", "a {}"), "--template is for your own --bank"),
+        (("--template", "a {}"), "--template needs --bank and --images and --model as well"),
         (("--bank", "b"), "--bank needs --images and --model as well"),
-        (("--task", TASK, "--images", "i"), "--task is an embedded task, --images is your own"),
+        (("OWN", "--task", TASK), "--task is digits-inverted, but the folders of --images are"),
         (("OWN", "--codec", "int8"), "a bank has its codec already"),
         (("OWN", "--images", "nowhere"), "nowhere: expected a folder with images in train/CLASS/"),
         (("OWN", "--shots", 33), "class 'blue' has 29 images to learn from"),
@@ -269,7 +274,9 @@ def test_bad_input(own, tmp_path, monkeypatch, capsys, arguments, message: str) 
     monkeypatch.chdir(own.folder)
     if arguments[0] == "OWN":
         arguments = (*of(own), *arguments[1:])
-    monkeypatch.setattr("atlas_kernels.learn.learn", lambda *_, **__: pytest.fail("learned"))
+    monkeypatch.setattr(
+        "atlas_kernels.experiments.methods.perform", lambda _: pytest.fail("learned")
+    )
     before = sorted(own.folder.rglob("*"))
     assert few_shot("-o", tmp_path / "out", *arguments) == 2
     printed = capsys.readouterr()
@@ -292,7 +299,7 @@ def test_first_block_that_does_not_fit_is_named(own, tmp_path, monkeypatch, caps
 
 
 def test_no_epoch_beats_a_perfect_start(tmp_path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(Problem, "validate", lambda self, model: 1.0)
+    monkeypatch.setattr(Setting, "validate", lambda self, model: 1.0)
     assert few_shot(*QUICK, "--epochs", 1, "-o", tmp_path) == 0
     assert "no epoch is better" in capsys.readouterr().out
     coef = read_tensors(tmp_path / "coefficients.safetensors", "coefficients")[0]["coef"]

@@ -21,8 +21,8 @@ from atlas_kernels.data import preprocess
 from atlas_kernels.demo import assets as assets_module
 from atlas_kernels.demo import experiment
 from atlas_kernels.demo.experiment import METHODS, Cell, Grid, Problem, Results, summarize
-from atlas_kernels.demo.processes import run_jobs
 from atlas_kernels.demo.step_cost import step_cost
+from atlas_kernels.experiments.processes import run_jobs
 from atlas_kernels.learn import classify
 from atlas_kernels.memory import PeakMemory
 

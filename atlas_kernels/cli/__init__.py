@@ -9,7 +9,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from . import demo, files, info, learn, plan
+from . import demo, files, info, learn, plan, reproduce
 
 _EPILOG = """exit codes: 0 done, 1 failed, 2 wrong usage or input, 130 interrupted"""
 
@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
         parents=[common],
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for module in (info, demo, learn, files, plan):
+    for module in (info, demo, learn, reproduce, files, plan):
         module.add(commands, common)
     return parser
 

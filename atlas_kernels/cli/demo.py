@@ -63,6 +63,7 @@ def run_demo(
 ) -> None:
     """The demo with any grid; ``assets=None`` makes them first, in ``out / "assets"``."""
     from ..demo import experiment
+    from ..experiments.processes import default_processes
     from .report import print_results, write_pictures
 
     if out.exists() and not out.is_dir():
@@ -77,7 +78,7 @@ def run_demo(
         except KeyboardInterrupt:
             raise KeyboardInterrupt(_go_on(f"finished assets are kept in {assets}")) from None
     if processes is None:
-        processes = experiment.default_processes()
+        processes = default_processes()
     results = experiment.Results.open(out, grid, assets, processes)
     try:
         experiment.run_grid(grid, out, results, assets)
@@ -105,8 +106,8 @@ def _go_on(done: str) -> str:
 
 def _step_cost(grid: Grid, assets: Path) -> dict[str, Any]:
     from ..demo import experiment
-    from ..demo.processes import one_thread
     from ..demo.step_cost import step_cost
+    from ..experiments.processes import one_thread
 
     cell = experiment.Cell(grid.targets[0], "block", min(grid.shots), grid.seeds[0])
     problem = experiment.Problem(cell, grid, assets)

@@ -1,30 +1,46 @@
-"""``learn``: coefficients from images, embedded ones or one's own."""
+"""``learn``: one run of any method, on embedded tasks or on one's own model and images.
+
+The options of a method are the fields of its schema in `experiments.config`, and the file that
+every run leaves holds them all.
+"""
 
 from __future__ import annotations
 
 import argparse
-import json
-import math
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import types
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
+
+from ..experiments.config import (
+    METHODS,
+    Checkpoints,
+    Own,
+    Single,
+    checked,
+    read_yaml,
+    write_yaml,
+)
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor, nn
-
-    from ..bank import TaskVectorBank
-    from ..data import ImageTask, LabelledImages
-    from ..learn import Batches, Learned, Recipe
+    from ..experiments.methods import Result, Setting
+    from ..learn import Learned
 
 STATE = "training.safetensors"
 RESULTS = "results.json"
-_BANK = "bank.safetensors"
+CONFIG = "config.yaml"
 _TASK = "mnist-rotated"
-_TEMPLATE = "a photo of a {}."
-_ENCODER = "visual."
+# A related task, and an unrelated one.
+_TASKS = ("mnist-rotated", "digits-inverted", "fashion-noise")
+_CONTROL = "fashion-clean"
+# Fields that have another option, or none.
+_RENAMED = {"target": "task"}
+_INTERNAL = ("method",)
+_METAVARS: dict[type, str] = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
 
 
 def add(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -32,86 +48,73 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
     text = "learn coefficients from images"
     parser = commands.add_parser("learn", help=text, description=f"{text[0].upper()}{text[1:]}.")
     methods = parser.add_subparsers(metavar="METHOD", required=True)
-    few_shot = methods.add_parser(
-        "few-shot",
-        parents=[common],
-        help="from a few labelled images per class",
-        description="Learns coefficients from a few labelled images per class: of an embedded "
-        "task, or of your own classes with your own bank. The epoch that is best on the "
-        "validation images is kept. Runs on a GPU if your own bank meets one.",
-    )
-    few_shot.set_defaults(run=_few_shot)
-    embedded = few_shot.add_argument_group("an embedded task, with all other tasks' vectors")
-    embedded.add_argument("--task", metavar="NAME", help=f"such as fashion-noise ({_TASK})")
-    embedded.add_argument("--codec", help="how deltas are stored (bf16)")
-    own = few_shot.add_argument_group("your own, all three together")
-    own.add_argument(
-        "--bank",
-        type=Path,
-        help="made by atlas-kernels bank from full open_clip checkpoints with --include 'visual.*'",
-    )
-    own.add_argument(
-        "--images",
-        metavar="DIR",
-        type=Path,
-        help="DIR/train/CLASS/*.jpg, and val and test likewise; a part that is missing is split "
-        "off train",
-    )
-    own.add_argument("--model", metavar="ARCH", help="open_clip's name, such as ViT-B-32")
-    own.add_argument(
-        "--template",
-        action="append",
-        help=f"a prompt with {{}} for the class; may be repeated ({_TEMPLATE!r})",
-    )
-    own.add_argument(
-        "--text",
-        metavar="CHECKPOINT",
-        type=Path,
-        help="the full base checkpoint, for a bank of an image encoder alone",
-    )
-    recipe = few_shot.add_argument_group("how")
-    recipe.add_argument("--shots", type=int, default=16, help="images per class (%(default)s)")
-    recipe.add_argument(
-        "--granularity", choices=("block", "task"), default="block", help="default: %(default)s"
-    )
-    recipe.add_argument(
-        "--memory",
-        choices=("whole", "recompute", "stream"),
-        default="whole",
-        help="when blocks are composed (%(default)s)",
-    )
-    recipe.add_argument(
-        "--preset",
-        choices=("clean", "official"),
-        default="clean",
-        help="of the gradient's norm (%(default)s)",
-    )
-    recipe.add_argument("--epochs", type=int, default=10, help="default: %(default)s")
-    recipe.add_argument("--lr", type=float, default=0.1, help="learning rate (%(default)s)")
-    recipe.add_argument("--batch", type=int, default=32, help="images per step (%(default)s)")
-    recipe.add_argument("--seed", type=int, default=0, help="of images and order (%(default)s)")
-    few_shot.add_argument("--resume", action="store_true", help="go on with an interrupted run")
-    few_shot.add_argument(
-        "-o", "--output", metavar="DIR", type=Path, required=True, help="where the files go"
-    )
+    for name, schema in METHODS.items():
+        summary = (schema.__doc__ or "").strip().splitlines()[0]
+        method = methods.add_parser(
+            name,
+            parents=[common],
+            help=summary,
+            description=f"{summary} What is best on the validation images is kept. Runs on a GPU "
+            "if your own model meets one.",
+        )
+        method.set_defaults(run=_learn, method=name)
+        own = method.add_argument_group("your own bank and images (embedded tasks without)")
+        _add_options(own, Own, ())
+        theirs = method.add_argument_group("your own checkpoints and data sets")
+        _add_options(theirs, Checkpoints, ("model",))
+        _add_options(method.add_argument_group("how"), schema, ())
+        method.add_argument(
+            "--config",
+            metavar="FILE",
+            type=Path,
+            help=f"a run's {CONFIG}; other options replace its fields",
+        )
+        method.add_argument("--resume", action="store_true", help="go on with an interrupted run")
+        method.add_argument(
+            "-o", "--output", metavar="DIR", type=Path, required=True, help="where the files go"
+        )
 
 
-@dataclass(frozen=True)
-class _Problem:
-    """A task, and the model and bank to solve it with, wherever they come from."""
+def _add_options(group: Any, schema: type[BaseModel], without: tuple[str, ...]) -> None:
+    for name, field in schema.model_fields.items():
+        if name in (*_INTERNAL, "kind", *without):
+            continue
+        kinds, several = _kinds(field.annotation)
+        # What is not given is not there, so that a file's fields, or the schema's, hold.
+        options: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS}
+        default = f"({field.default})" if isinstance(field.default, str | int | float) else ""
+        options["help"] = f"{field.description or ''} {default}".strip()
+        if kinds == (bool,):
+            options["action"] = argparse.BooleanOptionalAction
+        elif several:
+            options |= {"nargs": "+", "action": "extend", "type": kinds[0]}
+        elif kinds and not isinstance(kinds[0], type):
+            options |= {"choices": kinds, "type": type(kinds[0])}
+        else:
+            options["type"] = kinds[0]
+        if isinstance(kinds[0], type) and kinds[0] is not bool:
+            options["metavar"] = _METAVARS[kinds[0]]
+        group.add_argument(_option(name), **options)
 
-    name: str
-    description: str
-    encoder: nn.Module
-    bank: TaskVectorBank
-    head: Tensor
-    batches: Batches
-    validate: Callable[[nn.Module], float]
-    test: Callable[[nn.Module], float]
-    device: torch.device
+
+def _kinds(annotation: Any) -> tuple[tuple[Any, ...], bool]:
+    """The types, or the literal values, that an option may have; whether it takes several."""
+    origin = get_origin(annotation)
+    if origin in (Union, types.UnionType):
+        parts = [part for part in get_args(annotation) if part is not type(None)]
+        return _kinds(parts[0])
+    if origin is Literal:
+        return get_args(annotation), False
+    if origin is tuple:
+        return (get_args(annotation)[0],), True
+    return (annotation,), False
 
 
-def _few_shot(arguments: argparse.Namespace) -> None:
+def _option(name: str) -> str:
+    return "--" + _RENAMED.get(name, name).replace("_", "-")
+
+
+def _learn(arguments: argparse.Namespace) -> None:
     from .info import missing
 
     lacking = missing("demo")
@@ -119,135 +122,182 @@ def _few_shot(arguments: argparse.Namespace) -> None:
         raise ImportError(
             f"learning needs {', '.join(lacking)}: run pip install 'atlas_kernels[demo]'"
         )
-    from ..learn import Recipe
-
-    _check_sources(arguments)
-    recipe = Recipe(arguments.epochs, arguments.lr, preset=arguments.preset, seed=arguments.seed)
+    config = _config(arguments)
     folder: Path = arguments.output
-    settings = _settings(arguments)
     _check_folder(folder)
-    _check_state(folder, settings, arguments.resume)
-    problem = _own(arguments) if arguments.bank else _embedded(arguments)
-    print(problem.description)
+    _check_state(folder, config, arguments.resume)
+    from ..experiments.methods import Setting
+    from ..experiments.workspace import open_workspace
+
+    space = open_workspace(config.source, folder / "vectors")
+    setting = Setting(space, config.run, folder, folder / STATE)
+    setting.check()
+    folder.mkdir(parents=True, exist_ok=True)
+    write_yaml(folder / CONFIG, config)
+    print(space.description)
     try:
-        _learn(problem, recipe, folder, settings)
+        _run(setting, config)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
             f"finished epochs are kept in {folder}; the same command with --resume goes on"
         ) from None
 
 
-def _learn(problem: _Problem, recipe: Recipe, folder: Path, settings: dict[str, Any]) -> None:
-    from ..checkpoints import write_tensors
-    from ..clip import ImageClassifier
-    from ..composed import ComposedModel
-    from ..demo.experiment import versions
-    from ..learn import classify, learn
+def _config(arguments: argparse.Namespace) -> Single:
+    """What the options and the file say together."""
+    given = {name: getattr(arguments, name) for name in vars(arguments)}
+    where = f"learn {arguments.method}"
+    read = read_yaml(arguments.config, Single) if arguments.config else None
+    if read and read.run.method != arguments.method:
+        raise ValueError(f"{arguments.config} is of learn {read.run.method}, not of {where}")
+    run = {**(read.run.model_dump() if read else {}), **_fields(given, METHODS[arguments.method])}
+    source = read.source.model_dump() if read else {"kind": "embedded"}
+    own, theirs = _fields(given, Own), _fields(given, Checkpoints)
+    if own.keys() & {"bank", "images", "template", "text"}:
+        source = {"kind": "own", **own}
+    elif theirs.keys() - {"model"}:
+        source = {"kind": "checkpoints", **theirs}
+    _check_source(source, run)
+    _fill_in(source, run, arguments.method)
+    contents = {"source": source, "run": {**run, "method": arguments.method}}
+    return checked(Single, contents, where, _option)
 
-    encoder = ComposedModel(
-        problem.encoder,
-        problem.bank,
-        granularity=settings["granularity"],
-        memory=settings["memory"],
-    )
-    model = ImageClassifier(encoder, problem.head).to(problem.device)
-    folder.mkdir(parents=True, exist_ok=True)
-    results: dict[str, Any] = {"settings": settings, "versions": versions()}
-    _write(folder / RESULTS, results)
-    zero_shot = problem.test(model)
-    learned = learn(
-        model,
-        classify,
-        problem.batches,
-        recipe,
-        evaluate=problem.validate,
-        resume=folder / STATE,
-        description=problem.name,
-    )
-    test = problem.test(model)
-    encoder.save_coefficients(folder / "coefficients.safetensors")
-    merged = {**problem.bank.constants, **encoder.merge().state_dict()}
-    write_tensors(folder / "merged.safetensors", merged)
-    results |= {
-        "vectors": problem.bank.names,
-        "blocks": len(problem.bank.blocks),
-        "device": str(problem.device),
-        "test": {"zero_shot": zero_shot, "learned": test},
-        "epoch": learned.epoch,
-        # JSON has no NaN, which stands for the start's loss.
-        "history": [
-            {key: None if math.isnan(value) else value for key, value in entry.items()}
-            for entry in learned.history
-        ],
-        "seconds": sum(entry["seconds"] for entry in learned.history),
+
+def _fields(given: dict[str, Any], schema: type[BaseModel]) -> dict[str, Any]:
+    return {name: given[name] for name in schema.model_fields if name in given}
+
+
+def _check_source(source: dict[str, Any], run: dict[str, Any]) -> None:
+    if source["kind"] != "own":
+        return
+    needed = ("bank", "images", "model")
+    found = [name for name in (*needed, "template", "text") if name in source]
+    absent = [f"--{name}" for name in needed if name not in source]
+    if absent:
+        raise ValueError(f"--{found[0]} needs {' and '.join(absent)} as well")
+    if run.get("target") and "target" in run and run["target"] not in _names(source):
+        raise ValueError(
+            f"--task is {run['target']}, but the folders of --images are "
+            f"{', '.join(_names(source))}"
+        )
+    if "codec" in run:
+        raise ValueError("--codec is for task vectors: a bank has its codec already")
+
+
+def _names(source: dict[str, Any]) -> list[str]:
+    return [Path(folder).resolve().name for folder in source["images"]]
+
+
+def _fill_in(source: dict[str, Any], run: dict[str, Any], method: str) -> None:
+    """Tasks that were not named: the first folders of images, or embedded ones."""
+    embedded = source["kind"] == "embedded"
+    names = _names(source) if source["kind"] == "own" else []
+    if method == "addition":
+        run.setdefault("tasks", _TASKS if embedded else names)
+    elif embedded or names:
+        run["target"] = run.get("target") or (_TASK if embedded else names[0])
+    if method == "negation" and (embedded or len(names) > 1):
+        run["control"] = run.get("control") or (_CONTROL if embedded else names[1])
+
+
+def _run(setting: Setting, config: Single) -> None:
+    from ..experiments.methods import perform
+    from ..experiments.results import versions, write_json
+
+    folder = setting.folder
+    assert folder is not None
+    results: dict[str, Any] = {
+        "settings": config.model_dump(mode="json"),
+        "versions": versions(),
+        "device": str(setting.space.device),
     }
-    _report(problem.name, settings["shots"], zero_shot, test, learned, folder)
-    _write(folder / RESULTS, results)
+    write_json(folder / RESULTS, results)
+    zero_shot = _zero_shot(setting)
+    result = perform(setting)
+    files = [*_write_models(result, folder), RESULTS, CONFIG]
+    results |= {"metrics": result.metrics, "zero_shot": zero_shot}
+    if result.encoder is not None:
+        bank = result.encoder.bank
+        results |= {"vectors": bank.names, "blocks": len(bank.blocks)}
+    if result.learned is not None:
+        history = result.learned.history
+        results |= {"epoch": result.learned.epoch, "history": history}
+        results["seconds"] = sum(entry["seconds"] for entry in history)
+        files.append(_write_picture(setting, result.learned, folder))
+    write_json(folder / RESULTS, results)
+    _print_metrics(setting, result, zero_shot)
+    print(f"Written to {folder}: {', '.join(files)}.")
     (folder / STATE).unlink(missing_ok=True)
 
 
-def _report(
-    name: str, shots: int, zero_shot: float, test: float, learned: Learned, folder: Path
-) -> None:
-    """The picture and the table."""
+def _write_models(result: Result, folder: Path) -> Iterator[str]:
+    """Writes what was learned; the names of the files."""
+    from ..checkpoints import write_tensors
+    from ..learn import LPPlusPlus, TipAdapter
+    from ..linearized import LinearizedModel
+
+    encoder = result.encoder
+    if encoder is not None:
+        encoder.save_coefficients(folder / "coefficients.safetensors")
+        yield "coefficients.safetensors"
+        if not isinstance(encoder, LinearizedModel):
+            merged = {**encoder.bank.constants, **encoder.merge().state_dict()}
+            write_tensors(folder / "merged.safetensors", merged)
+            yield "merged.safetensors"
+    elif result.model is not None and result.learned is not None:
+        write_tensors(folder / "model.safetensors", result.model.state_dict())
+        yield "model.safetensors"
+    for part in result.model.modules() if result.model is not None else ():
+        if isinstance(part, TipAdapter | LPPlusPlus):
+            part.save(folder / "adapter.safetensors")
+            yield "adapter.safetensors"
+
+
+def _write_picture(setting: Setting, learned: Learned, folder: Path) -> str:
     from ..plots import history_figure, save
+
+    losses = [entry["loss"] for entry in learned.history[1:]]
+    scores = [entry["score"] for entry in learned.history]
+    save(history_figure(losses, scores, learned.epoch, title=setting.title), folder / "history.png")
+    return "history.png"
+
+
+def _zero_shot(setting: Setting) -> dict[str, Any]:
+    """What the base reaches, where that can be measured in the same way."""
+    from ..experiments.methods import perform
+
+    run = setting.run
+    fields = {"how": "zero-shot", "adapter": "none", "select": "all", "budget": None}
+    present = {name: value for name, value in fields.items() if name in type(run).model_fields}
+    if "how" not in present:
+        return {}
+    return perform(replace(setting, run=run.model_copy(update=present), state=None)).metrics
+
+
+def _print_metrics(setting: Setting, result: Result, zero_shot: dict[str, Any]) -> None:
     from .output import print_table
 
-    scores = [entry["score"] for entry in learned.history]
-    losses = [entry["loss"] for entry in learned.history[1:]]
-    title = (
-        f"{name}, {shots} images per class: {100 * zero_shot:.1f} % becomes {100 * test:.1f} % "
-        "on test"
-    )
-    picture = folder / "history.png"
-    save(history_figure(losses, scores, learned.epoch, title=title), picture)
-    kept = f"learned, epoch {learned.epoch}" if learned.improved else "learned: no epoch is better"
-    print_table(
-        ("accuracy, %", "validation", "test"),
-        [
-            ("zero-shot", f"{100 * scores[0]:.1f}", f"{100 * zero_shot:.1f}"),
-            (kept, f"{100 * learned.score:.1f}", f"{100 * test:.1f}"),
-        ],
-        title=f"{name}, {shots} images per class",
-        numbers=2,
-    )
-    print(
-        f"Written to {folder}: coefficients.safetensors, merged.safetensors, {RESULTS}, "
-        f"{picture.name}."
-    )
+    before, after = _accuracies(zero_shot), _accuracies(result.metrics)
+    rows = [
+        (name, f"{100 * before[name]:.1f}" if name in before else "", f"{100 * value:.1f}")
+        for name, value in after.items()
+    ]
+    print_table(("accuracy, %", "zero-shot", "learned"), rows, title=setting.title, numbers=2)
+    learned = result.learned
+    if learned is not None:
+        kept = f"epoch {learned.epoch} was kept" if learned.improved else "no epoch is better"
+        print(f"Of {len(learned.history) - 1} epochs, {kept}.")
 
 
-def _check_sources(arguments: argparse.Namespace) -> None:
-    """Either an embedded task or one's own files; fills in the defaults of what was chosen."""
-    own = {name: getattr(arguments, name) for name in ("bank", "images", "model")}
-    given = [name for name, value in own.items() if value is not None]
-    if given and arguments.task:
-        raise ValueError(f"--task is an embedded task, --{given[0]} is your own: choose one")
-    absent = [f"--{name}" for name in own if name not in given]
-    if given and absent:
-        raise ValueError(f"--{given[0]} needs {' and '.join(absent)} as well")
-    if given and arguments.codec:
-        raise ValueError("--codec is for an embedded task: a bank has its codec already")
-    for name in ("template", "text"):
-        if not given and getattr(arguments, name):
-            raise ValueError(f"--{name} is for your own --bank: an embedded task has its prompts")
-    for name in ("shots", "batch"):
-        if getattr(arguments, name) < 1:
-            raise ValueError(f"--{name} is {getattr(arguments, name)}, expected 1 or more")
-    if given:
-        arguments.template = arguments.template or [_TEMPLATE]
-    else:
-        arguments.task = arguments.task or _TASK
-        arguments.codec = arguments.codec or "bf16"
-
-
-def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What a run depends on, as JSON has it."""
-    return {
-        name: str(value.resolve()) if isinstance(value, Path) else value
-        for name, value in vars(arguments).items()
-        if name not in ("run", "resume", "output", "debug")
+def _accuracies(metrics: dict[str, Any]) -> dict[str, float]:
+    """The numbers among metrics, nested ones by both names."""
+    nested = {
+        f"{outer}: {inner}": value
+        for outer, its in metrics.items()
+        if isinstance(its, dict)
+        for inner, value in its.items()
     }
+    return {name: v for name, v in (metrics | nested).items() if isinstance(v, float)}
 
 
 def _check_folder(folder: Path) -> None:
@@ -258,7 +308,7 @@ def _check_folder(folder: Path) -> None:
         raise ValueError(f"cannot write to {folder}: no permission to write in {nearest}")
 
 
-def _check_state(folder: Path, settings: dict[str, Any], resume: bool) -> None:
+def _check_state(folder: Path, config: Single, resume: bool) -> None:
     """An unfinished run goes on with the same settings, or is kept."""
     if not (folder / STATE).exists():
         return
@@ -266,171 +316,14 @@ def _check_state(folder: Path, settings: dict[str, Any], resume: bool) -> None:
     if not resume:
         raise ValueError(f"{folder} holds an unfinished run: --resume goes on, or {advice}")
     try:
-        theirs = json.loads((folder / RESULTS).read_text(encoding="utf-8"))["settings"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder / RESULTS} does not say what the run was: {advice}") from error
-    differing = [name for name in settings if theirs.get(name) != settings[name]]
-    if differing:
-        name = differing[0]
-        raise ValueError(
-            f"{folder} holds a run with another --{name} ({theirs.get(name)} there, "
-            f"{settings[name]} here): {advice}"
-        )
-
-
-def _write(path: Path, contents: dict[str, Any]) -> None:
-    from ..checkpoints import write_atomically
-
-    text = json.dumps(contents, indent=1)
-    write_atomically(path, lambda name: Path(name).write_text(text, encoding="utf-8"))
-
-
-def _check_shots(labels: Tensor, classnames: Sequence[str], shots: int) -> None:
-    counts = labels.bincount(minlength=len(classnames)).tolist()
-    for name, count in zip(classnames, counts, strict=True):
-        if count < shots:
-            raise ValueError(
-                f"--shots is {shots}, but class {name!r} has {count} images to learn from"
-            )
-
-
-def _embedded(arguments: argparse.Namespace) -> _Problem:
-    import torch
-
-    from ..bank import TaskVectorBank
-    from ..demo.assets import asset_folder
-    from ..demo.experiment import Cell, Grid, Problem
-
-    name, codec = arguments.task, arguments.codec
-    cell = Cell(name, "block", arguments.shots, arguments.seed)
-    its = Problem(cell, Grid(batch_size=arguments.batch), asset_folder())
-    _check_shots(its.task.train.labels, its.task.classnames, arguments.shots)
-    if arguments.memory == "stream":
-        arguments.output.mkdir(parents=True, exist_ok=True)
-        bank = TaskVectorBank.pack(arguments.output / _BANK, its.visual, its.vectors, codec=codec)
-    else:
-        bank = TaskVectorBank.from_task_vectors(its.visual, its.vectors, codec=codec)
-    return _Problem(
-        name,
-        f"Embedded task {name}, and the vectors of the {len(bank.names)} other tasks",
-        its.visual,
-        bank,
-        its.head,
-        its.batches(),
-        its.validate,
-        its.test,
-        torch.device("cpu"),
-    )
-
-
-def _own(arguments: argparse.Namespace) -> _Problem:
-    import torch
-
-    from ..bank import TaskVectorBank
-    from ..clip import build_model, preprocess_for
-    from ..data.folder import load_folder
-    from ..learn import ImageBatches, accuracy, oversample, sample_shots
-
-    clip = build_model(arguments.model)
-    task = load_folder(arguments.images, *preprocess_for(clip), arguments.template)
-    _check_shots(task.train.labels, task.classnames, arguments.shots)
-    bank = TaskVectorBank.load(arguments.bank)
-    encoder = _encoder(clip, bank, arguments)
-    head = _head(clip, bank, task, arguments)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    shots = sample_shots(task.train.labels, arguments.shots, arguments.seed)
-    batches = ImageBatches(
-        torch.arange(len(task.train)),
-        task.train.labels.to(device),
-        arguments.batch,
-        lambda indices, generator: task.train.images.augmented(indices, generator).to(device),
-        arguments.seed,
-        oversample(shots, arguments.batch),
-    )
-
-    def score(part: LabelledImages) -> Callable[[nn.Module], float]:
-        return lambda model: accuracy(
-            model,
-            torch.arange(len(part)),
-            part.labels.to(device),
-            lambda indices: part.images.plain(indices).to(device),
-            arguments.batch,
-        )
-
-    blocks = "an image encoder" if encoder is clip.get_submodule("visual") else "a full CLIP model"
-    return _Problem(
-        task.name,
-        f"{bank!r}, packed from {blocks}; {len(task.classnames)} classes, "
-        f"{len(task.train)} images to learn from, {len(task.validation)} for validation, "
-        f"{len(task.test)} for test; on {device}",
-        encoder,
-        bank,
-        head,
-        batches,
-        score(task.validation),
-        score(task.test),
-        device,
-    )
-
-
-def _encoder(clip: nn.Module, bank: TaskVectorBank, arguments: argparse.Namespace) -> nn.Module:
-    """The image encoder with the bank's base, under the names that the bank uses."""
-    from torch import nn
-
-    encoder = clip.get_submodule("visual")
-    if any(name.startswith(_ENCODER) for name in bank.weights):
-        text = [name for name in bank.weights if not name.startswith(_ENCODER)]
-        if text:
-            raise ValueError(
-                f"{arguments.bank} composes {text[0]!r} too, which is no part of the image "
-                "encoder: pack it with --include 'visual.*'"
-            )
-        encoder = nn.Sequential()
-        encoder.add_module("visual", clip.get_submodule("visual"))
-    _fill(encoder, _base(bank), f"{arguments.bank} does not fit {arguments.model}", bank.weights)
-    return encoder
-
-
-def _head(
-    clip: nn.Module, bank: TaskVectorBank, task: ImageTask, arguments: argparse.Namespace
-) -> Tensor:
-    """The zero-shot head of the classes; the text tower comes from files, never from a network."""
-    from ..checkpoints import read_state_dict
-    from ..clip import zero_shot_head
-
-    source = arguments.text or arguments.bank
-    tensors = read_state_dict(arguments.text) if arguments.text else _base(bank)
-    lacking = [n for n in clip.state_dict() if not n.startswith(_ENCODER) and n not in tensors]
-    if lacking:
-        raise ValueError(
-            f"{source} holds no text tower ({lacking[0]!r} is missing), of which the zero-shot "
-            "head is made: pack the bank from the full CLIP checkpoint with --include 'visual.*', "
-            "or name that checkpoint with --text"
-        )
-    tower = {name: tensor for name, tensor in tensors.items() if not name.startswith(_ENCODER)}
-    clip_tensors = {**clip.state_dict(), **tower}
-    _fill(clip, clip_tensors, f"{source} does not fit {arguments.model}", tuple(tower))
-    return zero_shot_head(clip, task.classnames, task.templates)
-
-
-def _base(bank: TaskVectorBank) -> dict[str, Tensor]:
-    base = {**bank.constants, **bank.base}
-    return {**base, **{alias: base[block] for alias, block in bank.aliases.items()}}
-
-
-def _fill(
-    module: nn.Module, tensors: Mapping[str, Tensor], problem: str, first: Sequence[str]
-) -> None:
-    """Copies a complete state into the module; the first name that does not fit is an error."""
-    state = module.state_dict()
-    for name in (*first, *state):
-        here, there = tensors.get(name), state.get(name)
-        if here is None or there is None:
-            where = "the file" if here is None else "the architecture"
-            raise ValueError(f"{problem}: {name!r} is not in {where}")
-        if here.shape != there.shape:
-            raise ValueError(
-                f"{problem}: {name!r} has shape {tuple(here.shape)} in the file, "
-                f"{tuple(there.shape)} in the architecture"
-            )
-    module.load_state_dict({name: tensors[name] for name in state})
+        theirs = read_yaml(folder / CONFIG, Single)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder / CONFIG} does not say what the run was: {advice}") from error
+    for old, new in ((theirs.source, config.source), (theirs.run, config.run)):
+        before, now = old.model_dump(), new.model_dump()
+        for name in now:
+            if before.get(name) != now[name]:
+                raise ValueError(
+                    f"{folder} holds a run with another {_option(name)} ({before.get(name)} there, "
+                    f"{now[name]} here): {advice}"
+                )

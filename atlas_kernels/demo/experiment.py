@@ -10,15 +10,11 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import math
-import os
-import platform
 import statistics
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache, partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -30,6 +26,8 @@ from .. import ComposedModel, TaskVector, TaskVectorBank
 from ..checkpoints import digest, write_atomically, write_tensors
 from ..clip import ImageClassifier, zero_shot_head
 from ..data import augment, load_task, preprocess
+from ..experiments.processes import run_jobs
+from ..experiments.results import standard_error, versions
 from ..learn import (
     ImageBatches,
     Recipe,
@@ -45,7 +43,6 @@ from ..learn import (
 )
 from ..memory import PeakMemory
 from .assets import load_model, load_task_vectors, task_vector_names, vector_path
-from .processes import run_jobs
 
 RESULTS = "results.json"
 _FORMAT = 1
@@ -269,13 +266,6 @@ def run_grid(
             bar.update()
 
 
-def default_processes() -> int:
-    """One per core that this process may use, at most eight."""
-    # Not on every system: macOS has no affinities.
-    usable = getattr(os, "sched_getaffinity", None)
-    return min(8, len(usable(0)) if usable else os.cpu_count() or 1)
-
-
 def kept_files(folder: Path, cell: Cell) -> tuple[Path, Path]:
     """Where a target's learned coefficients and merged image encoder are written."""
     return tuple(  # type: ignore[return-value]
@@ -422,11 +412,6 @@ def summarize(
     return summary
 
 
-def standard_error(values: Sequence[float]) -> float | None:
-    """Of the mean; None for fewer than two values."""
-    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-
-
 def fingerprint_assets(folder: Path) -> str:
     """A fingerprint of the model's and all vectors' files: another one, other results."""
     hasher = hashlib.blake2b(digest_size=16)
@@ -558,22 +543,6 @@ def _scores(
         if cell.method == method and cell.shots in (shots, None):
             scores.setdefault(cell.target, {})[cell.seed] = record["accuracy"]
     return scores
-
-
-def versions() -> dict[str, str]:
-    """Of the packages that results depend on."""
-    packages = ("torch", "open_clip_torch", "numpy", "safetensors")
-    return {
-        "atlas_kernels": _package_version(),
-        "python": platform.python_version(),
-        **{package: version(package) for package in packages},
-    }
-
-
-def _package_version() -> str:
-    from .. import __version__
-
-    return __version__
 
 
 def _plain(value: Any) -> Any:

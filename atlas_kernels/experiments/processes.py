@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
@@ -16,6 +17,13 @@ import torch
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
+
+
+def default_processes() -> int:
+    """One per core that this process may use, at most eight."""
+    # Not on every system: macOS has no affinities.
+    usable = getattr(os, "sched_getaffinity", None)
+    return min(8, len(usable(0)) if usable else os.cpu_count() or 1)
 
 
 def run_jobs(
