@@ -55,8 +55,8 @@ def throughput(case: Case, repeats: int) -> Iterator[Row]:
     """Verified, interleaved times of both directions with every codec."""
     functions: dict[str, Callable[[], Any]] = {}
     for name in NAMES:
-        _verify(_segment(CODECS[name], case.shapes[:VERIFIED_BLOCKS], case.num_vectors))
-        segment = _segment(CODECS[name], case.shapes, case.num_vectors)
+        _verify(random_segment(CODECS[name], case.shapes[:VERIFIED_BLOCKS], case.num_vectors))
+        segment = random_segment(CODECS[name], case.shapes, case.num_vectors)
         for direction, function in zip(DIRECTIONS, _functions(segment, "cpp"), strict=True):
             functions[f"{name} / {direction}"] = function
     probes, probe_bytes = bandwidth_probes()
@@ -91,7 +91,7 @@ def throughput(case: Case, repeats: int) -> Iterator[Row]:
         yield row
 
 
-def _segment(codec: Codec, shapes: Sequence[Sequence[int]], num_vectors: int) -> Segment:
+def random_segment(codec: Codec, shapes: Sequence[Sequence[int]], num_vectors: int) -> Segment:
     """A segment of random stored deltas: what they are worth does not matter to the kernels."""
     numel = Layout.from_shapes(shapes, codec.alignment).numel
     items, scales = codec.items(num_vectors * numel), codec.scales(num_vectors * numel)

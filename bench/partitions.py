@@ -1,0 +1,204 @@
+"""Measures composition with coefficients by groups of elements (aTLAS x K), on the CPU.
+
+    python -m bench.partitions [--groups 5 80 1200] [--vectors 21] [--blocks 152] [--threads 2]
+                               [--repeats 5] [--out FILE]
+
+Against plain composition with one coefficient per block, and against PyTorch with the groups as
+stored indices: it looks coefficients up, and adds products into groups, vector by vector. All are
+verified on the first blocks before they are timed, in turn, on the first `--blocks` of ViT-B/32.
+FILE receives one JSON line per way and direction.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from atlas_kernels.codecs import CODECS
+from atlas_kernels.layout import TILE, pieces
+from atlas_kernels.partition import group_of, slots, tile_keys
+from atlas_kernels.segment import Segment
+
+from .cases import Case, vit_b_32
+from .codecs import DIRECTIONS, VERIFIED_BLOCKS, random_segment
+from .measure import interleaved, machine
+
+Row = dict[str, Any]
+Functions = dict[str, Callable[[], Tensor]]
+NAMES = ("bf16", "int4")
+
+
+def main() -> None:
+    """Runs the measurements and prints a table."""
+    parser = argparse.ArgumentParser(prog="python -m bench.partitions", description=__doc__)
+    parser.add_argument("--groups", type=int, nargs="+", default=[5, 80, 1200], metavar="K")
+    parser.add_argument("--vectors", type=int, default=21, metavar="N")
+    parser.add_argument("--blocks", type=int, default=152)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--out", type=Path, help="a file for JSON lines")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    console = Console(width=None if Console().is_terminal else 120)
+    device = machine()
+    console.print({key: value for key, value in device.items() if key != "backends"})
+    case = vit_b_32(args.vectors)
+    case = Case(case.name, case.shapes[: args.blocks], args.vectors)
+    rows = list(throughput(case, args.groups, args.repeats))
+    console.print(table(rows))
+    if args.out:
+        args.out.write_text("".join(json.dumps(row | device) + "\n" for row in rows))
+
+
+def throughput(case: Case, groups: Sequence[int], repeats: int) -> Iterator[Row]:
+    """Verified, interleaved times of both directions for every number of groups."""
+    functions: Functions = {}
+    for codec in NAMES:
+        _verify(
+            random_segment(CODECS[codec], case.shapes[:VERIFIED_BLOCKS], case.num_vectors), groups
+        )
+        segment = random_segment(CODECS[codec], case.shapes, case.num_vectors)
+        functions |= _plain(segment)
+        for count in groups:
+            functions |= _ours(segment, count)
+            if codec == "bf16":
+                # Values do not matter to its speed: the bank's, as if they lay vector by vector.
+                rows = segment.deltas.view(case.num_vectors, -1)
+                functions |= _torch(segment, rows, count)
+    seconds = interleaved(functions, repeats)
+    for name, measured in seconds.items():
+        way, direction = name.split(" / ")
+        yield {
+            "case": case.name,
+            "parameters": case.numel,
+            "vectors": case.num_vectors,
+            "way": way,
+            "direction": direction,
+            "seconds_q20": measured.low,
+            "seconds": measured.median,
+            "seconds_q80": measured.high,
+        }
+
+
+def _plain(segment: Segment) -> Functions:
+    coef = torch.ones(segment.num_vectors, len(segment.columns))
+    return {
+        f"{segment.codec.name}, by block / forward": lambda: segment.compose(coef, "cpp"),
+        f"{segment.codec.name}, by block / backward": lambda: segment.coef_grad(
+            segment.base, "cpp"
+        ),
+    }
+
+
+def _ours(segment: Segment, groups: int) -> Functions:
+    coef, keys = _coef(segment, groups), _keys(segment)
+    return {
+        f"{segment.codec.name}, K = {groups} / forward": lambda: segment.compose(coef, "cpp", keys),
+        f"{segment.codec.name}, K = {groups} / backward": lambda: segment.coef_grad(
+            segment.base, "cpp", keys, groups
+        ),
+    }
+
+
+def _torch(segment: Segment, rows: Tensor, groups: int) -> Functions:
+    """For deltas [N, P], with the group of every element in two bytes."""
+    coef, layout = _coef(segment, groups), segment.layout
+    group = torch.empty(layout.numel, dtype=torch.int16)
+    for key, start, end in zip(
+        _keys(segment), layout.tile_offset, layout.tile_offset[1:], strict=False
+    ):
+        group[start:end] = group_of(slots(key.unsqueeze(0), TILE)[0, : end - start], groups)
+    spans = list(zip(layout.offsets, layout.offsets[1:], strict=False))
+
+    def forward() -> Tensor:
+        total = segment.base.clone()
+        for b, (start, end) in enumerate(spans):
+            index = group[start:end].int()
+            for its, row in zip(coef[:, b], rows, strict=True):
+                total[start:end].addcmul_(its.index_select(0, index), row[start:end].float())
+        return total
+
+    def backward() -> Tensor:
+        result = torch.zeros(len(rows), len(spans), groups)
+        for b, (start, end) in enumerate(spans):
+            index, grad = group[start:end].long(), segment.base[start:end]
+            for its, row in zip(result[:, b], rows, strict=True):
+                its.scatter_add_(0, index, grad * row[start:end])
+        return result
+
+    return {
+        f"torch, bf16, K = {groups} / forward": forward,
+        f"torch, bf16, K = {groups} / backward": backward,
+    }
+
+
+def _coef(segment: Segment, groups: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(segment.num_vectors, len(segment.columns), groups, generator=generator)
+
+
+def _keys(segment: Segment) -> Tensor:
+    return tile_keys([str(column) for column in segment.columns], segment.layout, 0)
+
+
+def _verify(segment: Segment, groups: Sequence[int]) -> None:
+    """Stops unless ours is the peer's, on deltas that the codec decodes."""
+    count, codec = segment.num_vectors, segment.codec
+    rows = []
+    for block in segment.blocks():
+        length = block.layout.numel
+        items = pieces(block.deltas, length, count)
+        scales = (
+            [None] * len(items) if block.scales is None else pieces(block.scales, length, count)
+        )
+        for part, its in zip(items, scales, strict=True):
+            rows.append(
+                torch.stack(
+                    [
+                        codec.decode(
+                            part[:, i].flatten(), its if its is None else its[:, i].flatten()
+                        )
+                        for i in range(count)
+                    ]
+                )
+            )
+    dense = torch.cat(rows, 1)
+    for k in groups:
+        ours, peer = _ours(segment, k), _torch(segment, dense, k)
+        for (name, function), expected in zip(ours.items(), peer.values(), strict=True):
+            wanted = expected()
+            error = (function() - wanted).abs().max()
+            if not error <= 1e-4 * wanted.abs().max():
+                raise SystemExit(f"{name} is wrong by {error:.3g}: nothing is measured")
+
+
+def table(rows: Sequence[Row]) -> Table:
+    """Times of both directions, and per element of a task vector."""
+    first = rows[0]
+    elements = first["parameters"] * first["vectors"]
+    title = f"{first['case']}, {first['parameters'] / 1e6:.1f} M parameters, N = {first['vectors']}"
+    result = Table(title=title, title_justify="left")
+    result.add_column("way")
+    for direction in DIRECTIONS:
+        for heading in (f"{direction} ms", "q20 - q80", "ps per element"):
+            result.add_column(heading, justify="right")
+    for way in dict.fromkeys(row["way"] for row in rows):
+        cells = [way]
+        for row in (row for row in rows if row["way"] == way):
+            low, median, high = (row[f"seconds{q}"] for q in ("_q20", "", "_q80"))
+            cells += [f"{median * 1e3:.0f}", f"{low * 1e3:.0f} - {high * 1e3:.0f}"]
+            cells.append(f"{median / elements * 1e12:.0f}")
+        result.add_row(*cells)
+    return result
+
+
+if __name__ == "__main__":
+    main()
