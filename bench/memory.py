@@ -5,9 +5,9 @@
 
 `peaks` runs one step on ViT-B/32 in every memory mode, each in a process of its own: bytes of
 tensors alive at once, counted; the resident size of the process, above what it had before the bank
-was loaded; and what `atlas_kernels.plan` predicts. `stream` packs FILE if it is not there, reads it
-once from end to end, and then learns from it. Both compare gradients with those of "whole" first,
-where that fits.
+was loaded; and what `atlas_kernels.plan` predicts. It compares gradients with those of "whole".
+`stream` packs FILE if it is not there, reads it once from end to end, and then learns from it,
+never from pages that the system has kept.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
 import torch
@@ -101,7 +104,8 @@ def stream(args: argparse.Namespace) -> None:
         pack(args.file, args.vectors, args.codec)
     before = read_rate(args.file)
     drop_cache(args.file)
-    row = one_step(args.file, "stream", args)
+    with uncached(args.file):
+        row = one_step(args.file, "stream", args)
     after = read_rate(args.file)
     best = max(before, after)
     rate = row["read"] / row["seconds"]
@@ -109,7 +113,10 @@ def stream(args: argparse.Namespace) -> None:
     print(
         f"disk, read from end to end before and after: {before / 1e9:.2f}, {after / 1e9:.2f} GB/s"
     )
-    print(f"step: {row['seconds']:.1f} s for {row['read'] / 1e9:.1f} GB, {rate / 1e9:.2f} GB/s")
+    print(
+        f"step: {row['seconds'] / args.steps:.1f} s for {row['read'] / args.steps / 1e9:.1f} GB "
+        f"({row['read'] / args.steps / row['bank']:.2f} banks), {rate / 1e9:.2f} GB/s"
+    )
     print(f"share of the disk's rate: {rate / best:.2f}")
     print(f"resident at most: {row['high_water'] / 1e9:.2f} GB")
 
@@ -203,6 +210,24 @@ def drop_cache(path: Path) -> None:
     with open(path, "rb") as file:
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+@contextmanager
+def uncached(path: Path, seconds: float = 0.2) -> Iterator[None]:
+    """Inside, what was read of a file is forgotten soon: memory may be larger than the file."""
+    done = Event()
+
+    def forget() -> None:
+        while not done.wait(seconds):
+            drop_cache(path)
+
+    thread = Thread(target=forget, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 def status(key: str) -> int:
