@@ -20,14 +20,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from tolerances import compose_error, dot_error
+from tolerances import compose_error, dot_error, dot_errors
 from torch import Tensor
 
 from atlas_kernels import reference
 from atlas_kernels.backends import cuda
 from atlas_kernels.codecs import CODECS
 from atlas_kernels.codecs.packed import GROUP, Packed
-from atlas_kernels.layout import TILE, Layout
+from atlas_kernels.layout import CHUNK_TILES, TILE, Layout
+from atlas_kernels.partition import group_of, slots
 
 ROOT = Path(__file__).parent.parent
 SOURCES = ROOT / "csrc" / "cuda"
@@ -35,12 +36,13 @@ SHIM = Path(__file__).parent / "cuda_shim"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of kernels.h
 OPS = ("bank_compose", "bank_coef_grad", "compose", "coef_grad")
 PACKED_OPS = ("packed_compose", "packed_coef_grad")
-OP_NUMBERS = (*OPS, *PACKED_OPS)  # in the order of main.cpp
+PARTITION_OPS = ("partition_compose", "partition_coef_grad")
+OP_NUMBERS = (*OPS, *PACKED_OPS, *PARTITION_OPS)  # in the order of main.cpp
 SIZES = (0, 1, 13, 16, TILE, TILE + 1, 2 * TILE + 37)
 
 
 def constant(name: str) -> int:
-    sources = (SOURCES / "kernels.h").read_text() + (SOURCES / "packed.cu").read_text()
+    sources = (SOURCES / "kernels.h").read_text() + (SOURCES / "packed.cuh").read_text()
     return int(re.search(rf"constexpr int {name} = (\d+);", sources)[1])
 
 
@@ -101,11 +103,10 @@ class Case:
     def encode(self, op: str) -> bytes:
         header = [OP_NUMBERS.index(op)]
         if op.startswith("bank"):
-            delta_dtype = self.deltas[0][0].dtype if self.deltas else torch.float32
             lay, far = self.layout, self.far
-            header += [DTYPES.index(self.base[0].dtype), DTYPES.index(delta_dtype), lay.numel]
+            header += [DTYPES.index(self.base[0].dtype), DTYPES.index(self.delta_dtype), lay.numel]
             header += [len(lay.tile_block), len(self.base), len(self.deltas), self.skew, far]
-            parts = [self.arena(self.base), self.interleaved(delta_dtype), lay.tile_block]
+            parts = [self.arena(self.base), self.interleaved(), lay.tile_block]
             parts += [lay.tile_offset + far, lay.block_tile, self.coef]
             return struct.pack(f"{len(header)}q", *header) + b"".join(map(raw, parts))
         header += [len(self.base), len(self.deltas), self.far]
@@ -117,17 +118,21 @@ class Case:
             content += raw(tensor)
         return content + raw(self.coef)
 
+    @property
+    def delta_dtype(self) -> torch.dtype:
+        return self.deltas[0][0].dtype if self.deltas else torch.float32
+
     def arena(self, blocks: list[Tensor]) -> Tensor:
         flat = torch.zeros(self.layout.numel, dtype=blocks[0].dtype)
         for start, block in zip(self.layout.offsets, blocks, strict=False):
             flat[start : start + block.numel()] = block
         return flat
 
-    def interleaved(self, dtype: torch.dtype) -> Tensor:
+    def interleaved(self) -> Tensor:
         rows = [self.arena(vector) for vector in self.deltas]
         bounds = self.layout.tile_offset.tolist()
         chunks = [row[start:end] for start, end in pairwise(bounds) for row in rows]
-        return torch.cat(chunks) if chunks else torch.empty(0, dtype=dtype)
+        return torch.cat(chunks) if chunks else torch.empty(0, dtype=self.delta_dtype)
 
     def decode(self, op: str, content: memoryview) -> tuple[list[Tensor], int]:
         """The result as one tensor per block, composed or [N], and the bytes that it took."""
@@ -240,6 +245,100 @@ class PackedCase:
                 assert error <= dot_error(block, delta), f"{op}, vector {i}, block {b}"
 
 
+@dataclass(frozen=True)
+class PartitionCase:
+    """The tensors of another case in the bank form, with a coefficient per group of elements.
+
+    Tiles have random keys.
+    """
+
+    plain: Case | PackedCase
+    coef: Tensor
+    tile_key: Tensor
+    ops = PARTITION_OPS
+
+    @classmethod
+    def random(cls, plain: Case | PackedCase, groups: int) -> PartitionCase:
+        # One group has the coefficients of the other case.
+        coef = torch.randn(*plain.coef.shape, groups) if groups > 1 else plain.coef.unsqueeze(2)
+        tile_key = torch.randint(-(2**31), 2**31, (len(plain.layout.tile_block),)).int()
+        return cls(plain, coef, tile_key)
+
+    @property
+    def base(self) -> Tensor:
+        return self.arena(self.plain.base)
+
+    def arena(self, blocks: Tensor | list[Tensor]) -> Tensor:
+        if isinstance(self.plain, Case):
+            return self.plain.arena(blocks)
+        return torch.cat(blocks) if isinstance(blocks, list) else blocks
+
+    def stored(self) -> tuple[Tensor, Tensor | None, int]:
+        """Deltas, scales and bits."""
+        plain = self.plain
+        if isinstance(plain, PackedCase):
+            return plain.words, plain.scales, plain.codec.bits
+        return plain.interleaved(), None, 0
+
+    def encode(self, op: str) -> bytes:
+        lay, far = self.plain.layout, self.plain.far
+        deltas, scales, bits = self.stored()
+        header = [OP_NUMBERS.index(op), DTYPES.index(self.base.dtype)]
+        header += [0 if bits else DTYPES.index(deltas.dtype), bits, lay.numel]
+        header += [len(self.tile_key), len(lay.shapes), len(self.coef), len(lay.chunk_tile) - 1]
+        header += [self.coef.shape[2], getattr(self.plain, "skew", 0), far]
+        parts = [self.base, deltas, torch.empty(0) if scales is None else scales]
+        parts += [lay.tile_block, lay.tile_offset + far, lay.block_tile, self.coef]
+        parts += [self.tile_key, lay.chunk_tile, lay.block_chunk]
+        return struct.pack(f"{len(header)}q", *header) + b"".join(map(raw, parts))
+
+    def decode(self, op: str, content: memoryview) -> tuple[list[Tensor], int]:
+        """What is composed, as the other case has it, or the gradient; and the bytes it took."""
+        if op == "partition_compose":
+            packed = isinstance(self.plain, PackedCase)
+            return self.plain.decode("packed_compose" if packed else "bank_compose", content)
+        size = 4 * self.coef.numel()
+        return [unraw(content[:size], torch.float32).view(self.coef.shape)], size
+
+    def slots(self) -> Tensor:
+        """Of every element of an arena row."""
+        lengths = self.plain.layout.tile_offset.diff().tolist()
+        found = slots(self.tile_key, TILE)
+        return torch.cat(
+            [row[:n] for row, n in zip(found, lengths, strict=True)] or [found.flatten()]
+        )
+
+    def composed(self, base: Tensor, coef: Tensor) -> Tensor:
+        """By the reference, in float64."""
+        lay = self.plain.layout
+        tables = (lay.tile_block, lay.tile_offset, self.tile_key)
+        return reference.partition_compose(base.double(), *self.stored(), coef.double(), *tables)
+
+    def check(self, op: str, result: list[Tensor]) -> None:
+        """Every value against the reference in float64."""
+        num_vectors, num_blocks, groups = self.coef.shape
+        lay, base = self.plain.layout, self.base
+        lengths = torch.tensor(lay.offsets).diff()
+        block = torch.repeat_interleave(torch.arange(num_blocks), lengths)
+        index = block * groups + group_of(self.slots(), groups)
+        units = torch.eye(num_vectors).view(num_vectors, num_vectors, 1, 1)
+        deltas = [
+            self.composed(torch.zeros(lay.numel), unit.expand(-1, num_blocks, 1)) for unit in units
+        ]
+        if op == "partition_compose":
+            bound = compose_error(base, deltas, self.coef.flatten(1)[:, index])
+            error = self.arena(result).double() - self.composed(base, self.coef)
+            assert (error.abs() <= bound).all(), op
+            return
+        tables = (lay.tile_offset, self.tile_key, lay.chunk_tile, lay.block_chunk)
+        sizes = (num_vectors, groups, torch.float64)
+        exact = reference.partition_coef_grad(base.double(), *self.stored(), *tables, *sizes)
+        for i, delta in enumerate(deltas):
+            bound = dot_errors(base.double() * delta, index, num_blocks * groups)
+            error = (result[0][i].double() - exact[i]).abs().flatten()
+            assert (error <= bound).all(), f"{op}, vector {i}"
+
+
 def with_absent(case: Case) -> Case:
     for i, vector in enumerate(case.deltas):
         for b in range(i % 3, len(vector), 3):
@@ -268,9 +367,43 @@ def make_packed_cases() -> dict[str, PackedCase]:
     return cases
 
 
-def make_cases() -> dict[str, Case | PackedCase]:
+GROUPS = (1, 5, 80, 1200, TILE)
+
+
+def make_partition_cases(others: dict[str, Case | PackedCase]) -> dict[str, PartitionCase]:
+    packed = [codec.name for codec in CODECS.values() if isinstance(codec, Packed)]
+    names = ["float32-float32-1", "bfloat16-float16-1", "float16-bfloat16-1"]
+    names += [f"{name}-bfloat16-3" for name in packed]
+    chosen = list(product(names, GROUPS))
+    chosen += [("full-tiles", 5), ("21-vectors", 80), ("no-vectors", 5), ("empty-blocks", 5)]
+    chosen += [(f"unaligned-{dtype}", 5) for dtype in DTYPES] + [("unaligned-full", 5)]
+    chosen += [("far-bank", 5), ("sign-far", 5), ("sign-float16-9", 80)]
+    cases = {
+        f"{name}-in-{groups}": PartitionCase.random(others[name], groups) for name, groups in chosen
+    }
+    # Two chunks, the second one short.
+    size, bf16 = (CHUNK_TILES + 1) * TILE + 13, torch.bfloat16
+    chunks = Case.random((5, size), 1, torch.float32, bf16)
+    cases |= {f"chunks-in-{groups}": PartitionCase.random(chunks, groups) for groups in (1, 80)}
+    chunks = PackedCase.random(CODECS["sign"], (size,), 1, bf16)
+    cases |= {
+        f"sign-chunks-in-{groups}": PartitionCase.random(chunks, groups) for groups in (5, 80)
+    }
+    shown = {name: others[name] for name in others if name.endswith("-shown")}
+    for dtype in DTYPES:
+        base = [torch.zeros(size) for size in (2 * TILE + 13, 5)]
+        deltas = [[torch.ones(len(block)).to(dtype) for block in base]]
+        shown[f"{dtype}-shown".replace("torch.", "")] = Case(base, deltas, torch.ones(1, 2))
+    for name, case in shown.items():
+        parted = PartitionCase.random(case, TILE)
+        parted.coef[:] = torch.arange(1, TILE + 1)
+        cases[f"{name}-slots"] = parted
+    return cases
+
+
+def make_cases() -> dict[str, Case | PackedCase | PartitionCase]:
     torch.manual_seed(0)
-    cases: dict[str, Case | PackedCase] = {}
+    cases: dict[str, Case | PackedCase | PartitionCase] = {}
     for base, delta in product(DTYPES, DTYPES):
         for num_vectors in (1, 8):
             name = f"{base}-{delta}-{num_vectors}".replace("torch.", "")
@@ -294,7 +427,8 @@ def make_cases() -> dict[str, Case | PackedCase]:
     far = {"far": 2**30 + 64, "ops": OPS[:2]}
     cases["far-bank"] = Case.random((TILE,), 3, torch.float32, bf16, **far)
     cases["far-list"] = Case.random((TILE + 5,), 1, bf16, bf16, far=2**31, ops=listed)
-    return cases | make_packed_cases()
+    cases |= make_packed_cases()
+    return cases | make_partition_cases(cases)
 
 
 CASES = make_cases()
@@ -324,17 +458,27 @@ class Shim:
         return target
 
     def compile_kernels(self, name: str, *substitutions: tuple[str, str]) -> list[Path]:
+        """The objects; of kernels that have no planted fault, those of the product."""
         texts = {path.name: path.read_text() for path in SOURCES.iterdir()}
+        changed = set()
         for old, new in substitutions:
             found = [file for file, text in texts.items() for _ in range(text.count(old))]
             assert len(found) == 1, f"the planted fault must have one place to go: {old}"
             texts[found[0]] = texts[found[0]].replace(old, new)
+            changed.add(found[0])
+
+        def is_changed(file: str) -> bool:
+            headers = re.findall(r'#include "(\w+\.cuh)"', texts[file])
+            return file in changed or any(map(is_changed, headers))
+
         copy = self.folder / f"{name}-sources"
         copy.mkdir()
         for file, text in texts.items():
             (copy / file).write_text(text)
         return [
             self.compile(f"{name}-{path.stem}", path, "-include", "shim.h", "-x", "c++")
+            if name == "product" or is_changed(path.name)
+            else self.folder / f"product-{path.stem}.o"
             for path in sorted(copy.glob("*.cu"))
         ]
 
@@ -386,11 +530,26 @@ FAULTY_PACKED = (
     ("return plane * kBits % 8;", "return (kBits == 4 ? plane ^ 1 : plane) * kBits % 8;"),
     ("at.start / kScaleGroup + at.group", "at.start / kScaleGroup + (kBits < 8 ? at.group : 0)"),
 )
-FAULTY_LOGIC = (
-    ("    __syncthreads();\n", ""),
+# Each shows with one kind of deltas or one number of groups.
+FAULTY_PARTITION = (
     (
-        "coef + bank.tile_block[blockIdx.x];\n  const Dtype",
-        "coef + bank.tile_block[0];\n  const Dtype",
+        "    __syncthreads();\n    add(",
+        "    if (tile % 64 == 0 || partition.num_groups != 5) __syncthreads();\n    add(",
+    ),
+    ("  __syncthreads();\n  for", "  if (partition.num_groups != 80) __syncthreads();\n  for"),
+    ("tile < end; ++tile", "tile < end - (partition.num_groups == 4096); ++tile"),
+    (
+        "(group + 1) * kTile + num_groups - 1",
+        "(group + 1) * kTile + (num_groups == 1200 ? 0 : num_groups - 1)",
+    ),
+    ("found[pass][k] = slots(first + k)", "found[pass][k] = slots(first + (k ^ 1))"),
+    ("    first_ += stride_;\n", ""),
+)
+FAULTY_LOGIC = (
+    ("    __syncthreads();\n    const int i", "    const int i"),
+    (
+        "bank.tile_block[blockIdx.x], bank.num_blocks};\n  const Dtype",
+        "bank.tile_block[0], bank.num_blocks};\n  const Dtype",
     ),
     ("table.first_tile[middle] <= tile", "table.first_tile[middle] < tile"),
 )
@@ -406,7 +565,9 @@ def programs(tmp_path_factory):
             "memory": pool.submit(shim.compile_kernels, "memory", *FAULTY_MEMORY),
             "logic": pool.submit(shim.compile_kernels, "logic", *FAULTY_LOGIC),
             "packed": pool.submit(shim.compile_kernels, "packed", *FAULTY_PACKED),
+            "partition": pool.submit(shim.compile_kernels, "partition", *FAULTY_PARTITION),
         }
+    # The product's objects are complete by now.
     return shim, {
         name: shim.link(name, *kernel.result(), main.result()) for name, kernel in kernels.items()
     }
@@ -460,6 +621,26 @@ def test_every_code_decodes_exactly(results, name):
     assert torch.equal(torch.cat(results[0][name, "packed_compose"]), decoded)
 
 
+@pytest.mark.parametrize("name", [name for name in CASES if name.endswith("-in-1")])
+def test_one_group_is_composed_as_a_block_is(results, name):
+    plain = name.removesuffix("-in-1")
+    if plain in CASES:
+        op = "packed_compose" if isinstance(CASES[plain], PackedCase) else "bank_compose"
+        assert bits(results[0][name, "partition_compose"]) == bits(results[0][plain, op])
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name.endswith("-slots")])
+def test_slots_are_those_of_the_partition(results, name):
+    """A coefficient is its slot's number, from one: whatever the delta, that is found again."""
+    case = CASES[name]
+    delta = case.composed(case.base, torch.ones_like(case.coef))
+    composed = case.arena(results[0][name, "partition_compose"])
+    inside = delta != 0
+    assert inside.sum() >= TILE
+    found = (composed / delta).round().long() - 1
+    assert torch.equal(found[inside], case.slots()[inside])
+
+
 def test_tiles_and_groups_are_those_of_the_layout():
     assert constant("kTile") == TILE
     assert constant("kScaleGroup") == GROUP
@@ -470,6 +651,11 @@ MEMORY_REPORTS = {
     "misaligned vector": ("unaligned-full", "compose", "misaligned .* requires 16 byte alignment"),
     "32-bit offset in a list": ("far-list", "compose", "signed integer overflow"),
     "32-bit offset in a bank": ("far-bank", "bank_compose", "SEGV|heap-buffer-overflow"),
+    "32-bit offset and groups": (
+        "far-bank-in-5",
+        "partition_coef_grad",
+        "SEGV|heap-buffer-overflow",
+    ),
 }
 
 
@@ -525,6 +711,43 @@ def test_a_faulty_decoding_is_found(programs, name, op):
         CASES[name].check(op, values[name, op])
 
 
+def test_a_missing_barrier_between_tiles_is_found(programs):
+    """The order of sums, and nothing else, then depends on that of threads."""
+    shim, built = programs
+    name, op = call = "sign-chunks-in-5", "partition_coef_grad"
+    done = [
+        shim.run(built["partition"], [call], order, f"-{name}") for order in ("forward", "reverse")
+    ]
+    forward, reverse = (values[call] for _, values in done)
+    CASES[name].check(op, forward)
+    assert bits(forward) != bits(reverse)
+
+
+@pytest.mark.parametrize(
+    ("name", "op"),
+    [
+        pytest.param("sign-chunks-in-80", "partition_coef_grad", id="no barrier before groups"),
+        pytest.param("int8-bfloat16-3-in-4096", "partition_coef_grad", id="dropped tail"),
+        pytest.param(
+            "int8-bfloat16-3-in-1200", "partition_coef_grad", id="wrong bounds of a group"
+        ),
+        pytest.param("bfloat16-shown-slots", "partition_compose", id="wrong slots"),
+        pytest.param(
+            "float32-float32-1-in-5", "partition_coef_grad", id="wrong slots of a gradient"
+        ),
+        pytest.param(
+            "int4-bfloat16-3-in-5", "partition_compose", id="coefficients of another vector"
+        ),
+    ],
+)
+def test_a_faulty_partition_is_found(programs, name, op):
+    shim, built = programs
+    done, values = shim.run(built["partition"], [(name, op)], "forward", f"-{name}-{op}")
+    assert done.returncode == 0, done.stderr
+    with pytest.raises(AssertionError, match=op):
+        CASES[name].check(op, values[name, op])
+
+
 def test_a_barrier_that_some_threads_miss_is_found(tmp_path):
     shim = Shim(tmp_path)
     source = tmp_path / "divergent.cu"
@@ -553,9 +776,15 @@ class Binary:
 
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
-KERNELS = 26
-# 768 threads share the 65,536 registers of a multiprocessor, handed out in eights.
-MAX_REGISTERS = 80
+KERNELS = 43
+
+
+def max_registers(kernel: str) -> int:
+    """As many as let 768 threads share the 65,536 of a multiprocessor, handed out in eights.
+
+    Or 512 threads, where each remembers the groups or slots of 32 elements.
+    """
+    return 128 if "packed_partition" in kernel else 80
 
 
 @pytest.fixture(scope="module")
@@ -606,7 +835,7 @@ def test_registers_suffice(binary):
     assert len(reports) == KERNELS * len(ARCHITECTURES)
     for name, architecture, stack, stores, loads, registers in reports:
         assert (stack, stores, loads) == ("0", "0", "0"), f"{name} spills on {architecture}"
-        assert int(registers) <= MAX_REGISTERS, f"{name} takes {registers} on {architecture}"
+        assert int(registers) <= max_registers(name), f"{name} takes {registers} on {architecture}"
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -619,6 +848,10 @@ def test_full_tiles_move_16_bytes_per_access(binary, architecture):
     assert len(kernels) == KERNELS
     for name, code in kernels.items():
         assert not any(re.search(r"\b(LDL|STL)\b", line) for line in code), f"{name} spills"
+        assert not any(re.search(r"\b(ATOM|RED)", line) for line in code), f"{name} has atomics"
+        # Coefficients of groups are gathered through the read-only path, nothing else is.
+        gathers = any("LDG.E.CONSTANT" in line for line in code)
+        assert gathers == ("partition_compose" in name), f"{name} gathers"
         if "total_kernel" in name:
             continue
         # Only bulk loads carry the evict-first hint (EF), so none of them may be narrow.
@@ -645,7 +878,7 @@ def test_several_vectors_are_in_flight(binary):
     for 0.8 us on 148 multiprocessors (B200) is 43 KB.
     """
     for (architecture, name), code in kernels_of(binary.machine_code).items():
-        if "total_kernel" in name or "Lb0E" in name or "packed" in name:
+        if re.search("total_kernel|Lb0E|packed|partition", name):
             continue
         most = flight = 0
         for line in code:
@@ -658,7 +891,7 @@ def test_several_vectors_are_in_flight(binary):
 
 
 def loop_over_vectors(code: list[str]) -> list[str]:
-    """The innermost loop that streams words."""
+    """The innermost loop that streams deltas."""
     loops = []
     for end, line in enumerate(code):
         # An instruction takes 16 bytes.
@@ -695,6 +928,26 @@ def test_decoding_is_cheap_and_prefetched(binary):
         assert instructions <= ceiling, f"{name} on {architecture}: {instructions}"
         checked += 1
     assert checked == 2 * len(MAX_INSTRUCTIONS) * len(ARCHITECTURES)
+
+
+# The same where every element has its group's coefficient: a 64-bit address and a load more. Packed
+# deltas are multiplied by the coefficient and the scale as well.
+MAX_GATHERING = {8: 9.7, 4: 8.6, 3: 12.2, 2: 8.4, 1: 8.4}
+
+
+def test_gathering_is_cheap(binary):
+    checked = 0
+    for (architecture, name), code in kernels_of(binary.machine_code).items():
+        packed = re.search(r"packed_partition_compose_kernelILi(\d)E", name)
+        if not packed:
+            continue
+        loop = loop_over_vectors(code)
+        gathers = sum("LDG.E.CONSTANT" in line for line in loop)
+        assert gathers in (32, 64), "one for each of a thread's elements, of one or two vectors"
+        ceiling = MAX_GATHERING[int(packed[1])]
+        assert len(loop) / gathers <= ceiling, f"{name} on {architecture}: {len(loop) / gathers}"
+        checked += 1
+    assert checked == len(MAX_GATHERING) * len(ARCHITECTURES)
 
 
 def test_ptx_is_there_for_newer_devices(binary):

@@ -1,7 +1,5 @@
 """How far a correct float32 computation may lie from its float64 oracle."""
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -45,10 +43,17 @@ def dot_error(grad: Tensor, delta: Tensor) -> float:
     of average size would change.
     """
     terms = (grad.double() * delta.double()).flatten()
-    count = terms.numel()
-    if count == 0:
-        return 0.0
-    rms = terms.square().mean().sqrt().item()
-    walk = 8 * rms * math.sqrt(count * max(1.0, math.log2(count)))
-    drift = (TILE / 16 + count / TILE) / 4 * abs(terms.sum().item())
-    return EPS * (walk + drift) + 1e-38
+    return dot_errors(terms, torch.zeros(terms.numel(), dtype=torch.int64), 1).item()
+
+
+def dot_errors(terms: Tensor, group: Tensor, groups: int) -> Tensor:
+    """The same bound for sums [groups], of those of the terms [K] that have that `group` [K]."""
+
+    def totals(values: Tensor) -> Tensor:
+        return torch.zeros(groups, dtype=torch.float64).index_add_(0, group, values)
+
+    count = totals(torch.ones_like(terms))
+    rms = (totals(terms.square()) / count.clamp(min=1)).sqrt()
+    walk = 8 * rms * (count * count.log2().clamp(min=1)).sqrt()
+    drift = (TILE / 16 + count / TILE) / 4 * totals(terms).abs()
+    return torch.where(count > 0, EPS * (walk + drift) + 1e-38, 0)

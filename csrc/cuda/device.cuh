@@ -1,4 +1,4 @@
-// What the kernels of both `.cu` files share.
+// What all kernels share.
 
 #pragma once
 
@@ -43,9 +43,29 @@ __host__ __device__ __forceinline__ int64_t size_of(Dtype dtype) {
   return dtype == Dtype::kFloat32 ? 4 : 2;
 }
 
+__host__ __device__ __forceinline__ int64_t ceil_div(int64_t numerator, int64_t denominator) {
+  return (numerator + denominator - 1) / denominator;
+}
+
 __host__ __device__ __forceinline__ const void* advance(const void* p, int64_t count, Dtype dtype) {
   return static_cast<const char*>(p) + count * size_of(dtype);
 }
+
+// The coefficients of a block, which all its elements share: as `compose_tile` asks for them where
+// deltas are floating-point, and where they are packed.
+struct OfBlock {
+  static constexpr bool kGathers = false;
+  const float* first;
+  int64_t stride;
+  __device__ __forceinline__ auto operator()(int i) const {
+    return [value = first[i * stride]](int, int) { return value; };
+  }
+  __device__ __forceinline__ auto next(float scale) {
+    const float factor = *first * scale;
+    first += stride;
+    return [factor](int, int, float unit) { return factor * unit; };
+  }
+};
 
 __device__ __forceinline__ float warp_sum(float value) {
 #pragma unroll

@@ -1,5 +1,5 @@
-// What the operators (ops.cpp) ask of the kernels (kernels.cu, packed.cu): plain C++, so that
-// either side, and the tests' CPU shim, compiles without the other's headers.
+// What the operators (ops.cpp) ask of the kernels (`.cu` files): plain C++, so that either side,
+// and the tests' CPU shim, compiles without the other's headers.
 
 #pragma once
 
@@ -71,6 +71,19 @@ struct PackedBank : Tiling {
   int bits;
 };
 
+// Groups of a block's elements, as in `partition.py`: each has its own coefficients.
+struct Partition {
+  const int32_t* tile_key;
+  int num_groups;
+};
+
+// Tiles of a block whose partial sums are one, as in `layout.py`.
+struct Chunks {
+  const int32_t* chunk_tile;
+  const int32_t* block_chunk;
+  int64_t num_chunks;
+};
+
 // The blocks and vectors of a list-form call.
 struct List {
   const Operand* source;  // [num_blocks], base or gradient
@@ -97,6 +110,19 @@ cudaError_t packed_coef_grad(const PackedBank& bank, const int32_t* block_tile, 
 // The second stage of both gradients: a block's sum over the partials of its tiles.
 cudaError_t bank_total(const Tiling& tiling, const int32_t* block_tile, const float* partials,
                        float* coef_grad, cudaStream_t stream);
+
+// For a coefficient per group: `coef` is [num_vectors, num_blocks, num_groups].
+cudaError_t partition_compose(const Bank& bank, const Partition& partition, const float* coef,
+                              void* composed, cudaStream_t stream);
+cudaError_t partition_compose(const PackedBank& bank, const Partition& partition, const float* coef,
+                              void* composed, cudaStream_t stream);
+
+// `partials`: num_chunks * num_vectors * num_groups floats. The bank needs no `tile_block`.
+cudaError_t partition_coef_grad(const Bank& bank, const Partition& partition, const Chunks& chunks,
+                                float* partials, float* coef_grad, cudaStream_t stream);
+cudaError_t partition_coef_grad(const PackedBank& bank, const Partition& partition,
+                                const Chunks& chunks, float* partials, float* coef_grad,
+                                cudaStream_t stream);
 
 // `scratch`: `compose_scratch` floats.
 cudaError_t compose(const List& list, const float* coef, void* const* composed, float* scratch,

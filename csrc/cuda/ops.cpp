@@ -19,10 +19,12 @@
 namespace {
 
 using atlas_kernels::Bank;
+using atlas_kernels::Chunks;
 using atlas_kernels::Dtype;
 using atlas_kernels::List;
 using atlas_kernels::Operand;
 using atlas_kernels::PackedBank;
+using atlas_kernels::Partition;
 using atlas_kernels::Tiling;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -61,11 +63,11 @@ void check_result(ScalarType dtype) {
   STD_TORCH_CHECK(dtype == ScalarType::Float, "the cuda backend sums in float32");
 }
 
-// The coefficients [N, B] as the kernels read them.
-Tensor check_coef(const Tensor& coef, int32_t device) {
+// The coefficients as the kernels read them: [N, B], or with three dimensions [N, B, K].
+Tensor check_coef(const Tensor& coef, int32_t device, int64_t dimensions = 2) {
   check_device(coef, device, "coef");
-  STD_TORCH_CHECK(coef.scalar_type() == ScalarType::Float && coef.dim() == 2,
-                  "coef must be float32 [N, B]");
+  STD_TORCH_CHECK(coef.scalar_type() == ScalarType::Float && coef.dim() == dimensions,
+                  "coef must be float32 [N, B], of partitions [N, B, K]");
   return torch::stable::contiguous(coef);
 }
 
@@ -77,18 +79,26 @@ cudaStream_t current_stream(int32_t device) {
 
 float* floats(const Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
 
-Tiling tiling_of(const Tensor& tile_block, const Tensor& tile_offset, int32_t device,
+const int32_t* integers(const Tensor& tensor) {
+  return static_cast<const int32_t*>(tensor.const_data_ptr());
+}
+
+// `tile_block`: none where no block is looked up.
+Tiling tiling_of(const std::optional<Tensor>& tile_block, const Tensor& tile_offset, int32_t device,
                  int64_t num_blocks, int64_t num_vectors) {
-  check_table(tile_block, ScalarType::Int, device, "tile_block");
   check_table(tile_offset, ScalarType::Long, device, "tile_offset");
-  STD_TORCH_CHECK(tile_offset.numel() == tile_block.numel() + 1,
-                  "tile_offset must have one entry more than tile_block");
-  return {static_cast<const int32_t*>(tile_block.const_data_ptr()),
-          static_cast<const int64_t*>(tile_offset.const_data_ptr()), tile_block.numel(), num_blocks,
+  const int64_t num_tiles = tile_offset.numel() - 1;
+  if (tile_block) {
+    check_table(*tile_block, ScalarType::Int, device, "tile_block");
+    STD_TORCH_CHECK(tile_block->numel() == num_tiles,
+                    "tile_offset must have one entry more than tile_block");
+  }
+  return {tile_block ? integers(*tile_block) : nullptr,
+          static_cast<const int64_t*>(tile_offset.const_data_ptr()), num_tiles, num_blocks,
           num_vectors};
 }
 
-Bank bank_of(const Tensor& source, const Tensor& deltas, const Tensor& tile_block,
+Bank bank_of(const Tensor& source, const Tensor& deltas, const std::optional<Tensor>& tile_block,
              const Tensor& tile_offset, int64_t num_blocks, int64_t num_vectors) {
   const int32_t device = source.get_device_index();
   check_arena(source, device, "the base or gradient");
@@ -124,9 +134,8 @@ Tensor bank_coef_grad(Tensor grad, Tensor deltas, Tensor tile_block, Tensor tile
   const Tensor partials =
       torch::stable::new_empty(grad, {num_vectors, bank.num_tiles}, ScalarType::Float);
   Tensor result = torch::stable::new_empty(grad, {num_vectors, bank.num_blocks}, ScalarType::Float);
-  STD_CUDA_CHECK(
-      atlas_kernels::bank_coef_grad(bank, static_cast<const int32_t*>(block_tile.const_data_ptr()),
-                                    floats(partials), floats(result), current_stream(device)));
+  STD_CUDA_CHECK(atlas_kernels::bank_coef_grad(bank, integers(block_tile), floats(partials),
+                                               floats(result), current_stream(device)));
   return result;
 }
 
@@ -138,8 +147,8 @@ Tensor aligned(const Tensor& tensor) {
 
 // `source` and `words` are aligned.
 PackedBank packed_bank_of(const Tensor& source, const Tensor& words, const Tensor& scales,
-                          int64_t bits, const Tensor& tile_block, const Tensor& tile_offset,
-                          int64_t num_blocks, int64_t num_vectors) {
+                          int64_t bits, const std::optional<Tensor>& tile_block,
+                          const Tensor& tile_offset, int64_t num_blocks, int64_t num_vectors) {
   const int32_t device = source.get_device_index();
   check_arena(source, device, "the base or gradient");
   check_arena(words, device, "words");
@@ -188,9 +197,72 @@ Tensor packed_coef_grad(Tensor grad, Tensor words, Tensor scales, int64_t bits, 
   const Tensor partials =
       torch::stable::new_empty(grad, {num_vectors, bank.num_tiles}, ScalarType::Float);
   Tensor result = torch::stable::new_empty(grad, {num_vectors, bank.num_blocks}, ScalarType::Float);
-  STD_CUDA_CHECK(atlas_kernels::packed_coef_grad(
-      bank, static_cast<const int32_t*>(block_tile.const_data_ptr()), floats(partials),
-      floats(result), current_stream(device)));
+  STD_CUDA_CHECK(atlas_kernels::packed_coef_grad(bank, integers(block_tile), floats(partials),
+                                                 floats(result), current_stream(device)));
+  return result;
+}
+
+Partition partition_of(const Tensor& tile_key, int64_t num_groups, const Tiling& tiling,
+                       int32_t device) {
+  check_table(tile_key, ScalarType::Int, device, "tile_key");
+  STD_TORCH_CHECK(tile_key.numel() == tiling.num_tiles, "tile_key must have one entry per tile");
+  STD_TORCH_CHECK(0 < num_groups && num_groups <= atlas_kernels::kTile,
+                  "there must be 1 to 4096 groups");
+  return {integers(tile_key), static_cast<int>(num_groups)};
+}
+
+Tensor partition_compose(Tensor base, Tensor deltas, std::optional<Tensor> scales, int64_t bits,
+                         Tensor coef, Tensor tile_block, Tensor tile_offset, Tensor tile_key) {
+  const int32_t device = base.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  const Tensor factors = check_coef(coef, device, 3);
+  Tensor composed = torch::stable::empty_like(base);
+  const auto launch = [&](const auto& bank) {
+    const Partition partition = partition_of(tile_key, factors.size(2), bank, device);
+    STD_CUDA_CHECK(atlas_kernels::partition_compose(
+        bank, partition, floats(factors), composed.mutable_data_ptr(), current_stream(device)));
+  };
+  const int64_t num_vectors = factors.size(0);
+  const int64_t num_blocks = factors.size(1);
+  if (scales) {
+    const Tensor source = aligned(base);
+    const Tensor words = aligned(deltas);
+    launch(packed_bank_of(source, words, *scales, bits, tile_block, tile_offset, num_blocks,
+                          num_vectors));
+  } else {
+    launch(bank_of(base, deltas, tile_block, tile_offset, num_blocks, num_vectors));
+  }
+  return composed;
+}
+
+Tensor partition_coef_grad(Tensor grad, Tensor deltas, std::optional<Tensor> scales, int64_t bits,
+                           Tensor tile_offset, Tensor tile_key, Tensor chunk_tile,
+                           Tensor block_chunk, int64_t num_vectors, int64_t groups,
+                           ScalarType dtype) {
+  check_result(dtype);
+  const int32_t device = grad.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  check_table(chunk_tile, ScalarType::Int, device, "chunk_tile");
+  check_table(block_chunk, ScalarType::Int, device, "block_chunk");
+  const int64_t num_blocks = block_chunk.numel() - 1;
+  const Chunks chunks = {integers(chunk_tile), integers(block_chunk), chunk_tile.numel() - 1};
+  const Tensor partials =
+      torch::stable::new_empty(grad, {chunks.num_chunks, num_vectors, groups}, ScalarType::Float);
+  Tensor result =
+      torch::stable::new_empty(grad, {num_vectors, num_blocks, groups}, ScalarType::Float);
+  const auto launch = [&](const auto& bank) {
+    const Partition partition = partition_of(tile_key, groups, bank, device);
+    STD_CUDA_CHECK(atlas_kernels::partition_coef_grad(bank, partition, chunks, floats(partials),
+                                                      floats(result), current_stream(device)));
+  };
+  if (scales) {
+    const Tensor source = aligned(grad);
+    const Tensor words = aligned(deltas);
+    launch(packed_bank_of(source, words, *scales, bits, std::nullopt, tile_offset, num_blocks,
+                          num_vectors));
+  } else {
+    launch(bank_of(grad, deltas, std::nullopt, tile_offset, num_blocks, num_vectors));
+  }
   return result;
 }
 
@@ -297,4 +369,6 @@ STABLE_TORCH_LIBRARY_IMPL(atlas_kernels_cuda, CUDA, m) {
   m.impl("bank_coef_grad", TORCH_BOX(&bank_coef_grad));
   m.impl("packed_compose", TORCH_BOX(&packed_compose));
   m.impl("packed_coef_grad", TORCH_BOX(&packed_coef_grad));
+  m.impl("partition_compose", TORCH_BOX(&partition_compose));
+  m.impl("partition_coef_grad", TORCH_BOX(&partition_coef_grad));
 }

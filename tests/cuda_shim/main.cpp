@@ -27,7 +27,9 @@ enum Op : int64_t {
   kCompose,
   kCoefGrad,
   kPackedCompose,
-  kPackedCoefGrad
+  kPackedCoefGrad,
+  kPartitionCompose,
+  kPartitionCoefGrad
 };
 
 class Array {
@@ -74,17 +76,19 @@ void check(cudaError_t error) {
 
 float* floats(const Array& array) { return reinterpret_cast<float*>(array.data()); }
 
+const int32_t* integers(const Array& array) {
+  return reinterpret_cast<const int32_t*>(array.data());
+}
+
 // The tables of a bank as they follow in the file.
 struct Tables {
-  Tables(Reader& in, int64_t tiles, int64_t blocks, int64_t vectors)
+  Tables(Reader& in, int64_t tiles, int64_t blocks, int64_t vectors, int64_t groups = 1)
       : tile_block(in.array(4 * tiles)),
         tile_offset(in.array(8 * (tiles + 1))),
         block_tile(in.array(4 * (blocks + 1))),
-        coef(in.array(4 * vectors * blocks)),
-        tiling{reinterpret_cast<const int32_t*>(tile_block.data()),
-               reinterpret_cast<const int64_t*>(tile_offset.data()), tiles, blocks, vectors} {}
-
-  const int32_t* block_tiles() const { return reinterpret_cast<const int32_t*>(block_tile.data()); }
+        coef(in.array(4 * vectors * blocks * groups)),
+        tiling{integers(tile_block), reinterpret_cast<const int64_t*>(tile_offset.data()), tiles,
+               blocks, vectors} {}
 
   Array tile_block, tile_offset, block_tile, coef;
   Tiling tiling;
@@ -110,7 +114,8 @@ void run_bank(Reader& in, std::ofstream& out, Op op) {
     out.write(composed.data(), composed.size());
   } else {
     const Array partials(4 * vectors * tiles, 0), result(4 * vectors * blocks, 0);
-    check(bank_coef_grad(bank, tables.block_tiles(), floats(partials), floats(result), nullptr));
+    check(bank_coef_grad(bank, integers(tables.block_tile), floats(partials), floats(result),
+                         nullptr));
     out.write(result.data(), result.size());
   }
 }
@@ -136,8 +141,53 @@ void run_packed(Reader& in, std::ofstream& out, Op op) {
     out.write(composed.data(), composed.size());
   } else {
     const Array partials(4 * vectors * tiles, 0), result(4 * vectors * blocks, 0);
-    check(packed_coef_grad(bank, tables.block_tiles(), floats(partials), floats(result), nullptr));
+    check(packed_coef_grad(bank, integers(tables.block_tile), floats(partials), floats(result),
+                           nullptr));
     out.write(result.data(), result.size());
+  }
+}
+
+// Without bits, deltas of `delta_dtype`.
+void run_partition(Reader& in, std::ofstream& out, Op op) {
+  const auto dtype = static_cast<Dtype>(in.number());
+  const auto delta_dtype = static_cast<Dtype>(in.number());
+  const int64_t bits = in.number(), numel = in.number(), tiles = in.number();
+  const int64_t blocks = in.number(), vectors = in.number(), chunks = in.number();
+  const int64_t groups = in.number(), skew = in.number(), far = in.number();
+  const auto stored = [&](int64_t elements) {
+    return bits > 0 ? elements * bits / 8 : static_cast<int64_t>(bytes(elements, delta_dtype));
+  };
+  const Array source = in.array(bytes(numel, dtype), bytes(skew, dtype));
+  const Array deltas = in.array(stored(vectors * numel), stored(skew));
+  const Array scales = in.array(bits > 0 ? vectors * numel / 64 : 0);
+  const Tables tables(in, tiles, blocks, vectors, groups);
+  const Array tile_key = in.array(4 * tiles);
+  const Array chunk_tile = in.array(4 * (chunks + 1)), block_chunk = in.array(4 * (blocks + 1));
+
+  const Partition partition = {integers(tile_key), static_cast<int>(groups)};
+  const Chunks parts = {integers(chunk_tile), integers(block_chunk), chunks};
+  const auto run = [&](auto bank) {
+    if (op == kPartitionCompose) {
+      const Array composed(source.size(), bytes(skew, dtype));
+      check(partition_compose(bank, partition, floats(tables.coef),
+                              composed.data() - bytes(far, dtype), nullptr));
+      out.write(composed.data(), composed.size());
+    } else {
+      bank.tile_block = nullptr;
+      const Array partials(4 * chunks * vectors * groups, 0);
+      const Array result(4 * vectors * blocks * groups, 0);
+      check(partition_coef_grad(bank, partition, parts, floats(partials), floats(result), nullptr));
+      out.write(result.data(), result.size());
+    }
+  };
+  const Operand operand = {source.data() - bytes(far, dtype), dtype};
+  const char* first = deltas.data() - stored(vectors * far);
+  if (bits > 0) {
+    run(PackedBank{tables.tiling, operand, reinterpret_cast<const uint32_t*>(first),
+                   reinterpret_cast<const uint16_t*>(scales.data() - vectors * far / 64),
+                   static_cast<int>(bits)});
+  } else {
+    run(Bank{tables.tiling, operand, {first, delta_dtype}});
   }
 }
 
@@ -188,6 +238,8 @@ int main(int argc, char** argv) {
       run_bank(in, out, op);
     } else if (op == kPackedCompose || op == kPackedCoefGrad) {
       run_packed(in, out, op);
+    } else if (op == kPartitionCompose || op == kPartitionCoefGrad) {
+      run_partition(in, out, op);
     } else {
       run_list(in, out, op);
     }

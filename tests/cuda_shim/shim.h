@@ -182,6 +182,11 @@ T __ldcs(const T* p) {
   return *p;
 }
 
+template <typename T>
+T __ldg(const T* p) {
+  return *p;
+}
+
 inline float __uint_as_float(unsigned bits) {
   float value;
   std::memcpy(&value, &bits, sizeof(value));
