@@ -411,6 +411,19 @@ def test_partitions_go_with_their_coefficients(way: str, memory: Any, tmp_path: 
         assert same_bits(other(TOKENS), expected)
 
 
+@pytest.mark.parametrize("memory", ["whole", "recompute"])
+def test_another_seed_composes_anew(memory: Any) -> None:
+    _, model = make_model(granularity="partition", memory=memory)
+    randomise(model)
+    model.eval()
+    with torch.no_grad():
+        before = model(TOKENS)
+        model.seed = 6
+        assert not torch.equal(model(TOKENS), before)
+        model.seed = 5
+        assert same_bits(model(TOKENS), before)
+
+
 def test_a_state_dict_without_the_seed_of_its_partition_is_incomplete() -> None:
     _, model = make_model(granularity="partition")
     state = model.state_dict()
