@@ -15,14 +15,15 @@ from typing import Any
 import pytest
 import torch
 from strategies import DTYPES, float64_sum, make, same_bits
-from tolerances import compose_error, dot_error
+from tolerances import EPS, compose_error, dot_error
 from torch import Tensor
 
-from atlas_kernels import reference
+from atlas_kernels import layout as layouts
+from atlas_kernels import partition, reference
 from atlas_kernels.backends import triton as backend
-from atlas_kernels.codecs import CODECS, Packed
+from atlas_kernels.codecs import CODECS, Codec, Packed
 from atlas_kernels.codecs.packed import GROUP, levels
-from atlas_kernels.layout import TILE, Layout, pieces
+from atlas_kernels.layout import CHUNK_TILES, TILE, Layout, pieces
 
 pytestmark = pytest.mark.skipif(
     backend.unavailable() is not None or "cpu" not in backend.devices(),
@@ -33,6 +34,8 @@ if importlib.util.find_spec("triton") is not None:
 
 F32, BF16, F16 = DTYPES
 SHAPES = ((13,), (0,), (1,), (17, 3), (TILE,), (2, TILE + 8), (TILE + 1,))
+# Of partitioned coefficients, whose interpretation takes longest.
+SPLIT = ((13,), (0,), (TILE + 1,))
 COUNTS = (0, 1, 2, 8, 9, 21)
 LAUNCHES = tuple((tile, warps) for tile in (1024, 2048, 4096) for warps in (4, 8))
 TABLES = ("tile_block", "tile_offset", "block_tile")
@@ -194,6 +197,64 @@ def check_packed(codec: Packed, count: int, dtype: torch.dtype) -> None:
     assert same_bits(out, reference.packed_compose(base, *stored, coef, *tables))
 
 
+def partitioned(
+    codec: Codec,
+    count: int,
+    groups: int,
+    dtype: torch.dtype = F32,
+    shapes: tuple[tuple[int, ...], ...] = SPLIT,
+) -> tuple[Layout, list[Tensor], tuple[Tensor, Tensor | None, int]]:
+    """A layout, [base, coef, grad, tile_key] for it, and what is stored: (deltas, scales, bits)."""
+    random = generator(groups)
+    stored: tuple[Tensor, Tensor | None, int]
+    if isinstance(codec, Packed):
+        layout, (base, words, scales, _, grad) = packed_arenas(codec, count, dtype, shapes)
+        stored = (words, scales, codec.bits)
+    else:
+        layout = Layout.from_shapes(shapes)
+        base, grad = torch.randn(2, layout.numel, generator=random).to(dtype)
+        stored = (torch.randn(count * layout.numel, generator=random).to(codec.dtype), None, 0)
+    coef = torch.randn(count, len(shapes), groups, generator=random)
+    keys = partition.tile_keys([str(shape) for shape in shapes], layout, seed=groups)
+    return layout, [base, coef, grad, keys], stored
+
+
+def partition_dots(
+    layout: Layout, grad: Tensor, stored: Any, keys: Tensor, count: int, groups: int
+) -> Tensor:
+    tables = (layout.tile_offset, keys, layout.chunk_tile, layout.block_chunk)
+    return ops.partition_coef_grad(grad, *stored, *tables, count, groups, F32)
+
+
+def check_partition(
+    codec: Codec,
+    count: int,
+    groups: int,
+    dtype: torch.dtype = F32,
+    shapes: tuple[tuple[int, ...], ...] = SPLIT,
+) -> None:
+    """Both operators: the composition bit for bit, the sums against float64 and decoded deltas."""
+    layout, (base, coef, grad, keys), stored = partitioned(codec, count, groups, dtype, shapes)
+    tables = (layout.tile_block, layout.tile_offset, keys)
+    # The interpreter does not fuse, and so rounds as the reference does.
+    out = ops.partition_compose(base, *stored, coef, *tables)
+    assert same_bits(out, reference.partition_compose(base, *stored, coef, *tables))
+    dots = partition_dots(layout, grad, stored, keys, count, groups)
+    wide = codec.decode(*stored[:2])
+    exact, magnitude = (
+        reference.partition_coef_grad(
+            *(part(grad), part(wide), None, 0, layout.tile_offset, keys),
+            *(layout.chunk_tile, layout.block_chunk, count, groups, torch.float64),
+        )
+        for part in (torch.Tensor.double, torch.Tensor.abs)
+    )
+    # A term is rounded twice, then by every sum on its way: over the tiles of a chunk, the chunks
+    # of a block, and what NumPy adds one by one (up to 16) and in pairs (12) of a group's slots.
+    steps = 2 + CHUNK_TILES + layout.block_chunk.diff().max().item() + 28
+    assert dots.shape == exact.shape
+    assert ((dots - exact).abs() <= 1.01 * steps * EPS / 2 * magnitude).all()
+
+
 @pytest.mark.parametrize("count", COUNTS)
 def test_bank(count: int) -> None:
     check_bank(count, F32, BF16)
@@ -229,6 +290,52 @@ def test_packed(codec: Packed, count: int, dtype: torch.dtype) -> None:
     check_packed(codec, count, dtype)
 
 
+@pytest.mark.parametrize("codec", CODECS.values(), ids=CODECS)
+def test_partition(codec: Codec) -> None:
+    check_partition(codec, 2, 5)
+
+
+@pytest.mark.parametrize("groups", [1, 80, 1200, TILE])
+@pytest.mark.parametrize("codec", ["bf16", "int3"])
+def test_numbers_of_groups(codec: str, groups: int) -> None:
+    check_partition(CODECS[codec], 1, groups)
+
+
+@pytest.mark.parametrize(
+    ("codec", "count", "dtype"), [("bf16", 3, BF16), ("sign", 1, F16), ("fp32", 0, F32)]
+)
+def test_partition_dtypes(codec: str, count: int, dtype: torch.dtype) -> None:
+    check_partition(CODECS[codec], count, 80, dtype)
+
+
+def test_several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The kernels take them from a table; the interpreter has no time for long ones.
+    monkeypatch.setattr(layouts, "CHUNK_TILES", 2)
+    check_partition(CODECS["bf16"], 1, 80, shapes=((4 * TILE + 1,), (13,), (2 * TILE + 1,)))
+
+
+def check_slots() -> None:
+    """Composition and sums tell the slot of every element, for many keys, bit for bit."""
+    tiles = 8
+    layout = Layout.from_shapes([(TILE,)] * tiles)
+    # The first and the last key of either sign, and any.
+    keys = torch.randint(-(2**31), 2**31, (tiles,), generator=generator())
+    keys[:4] = torch.tensor([0, -1, 2**31 - 1, -(2**31)])
+    slots = partition.slots(keys, TILE)
+    coef = torch.arange(TILE).float().expand(1, tiles, TILE)
+    ones = torch.ones(tiles * TILE)
+    tables = (layout.tile_block, layout.tile_offset, keys.int())
+    out = ops.partition_compose(0 * ones, ones, None, 0, coef, *tables)
+    assert torch.equal(out.long(), slots.flatten())
+    elements = torch.arange(TILE).float().repeat(tiles)
+    (dots,) = partition_dots(layout, elements, (ones, None, 0), keys.int(), 1, TILE)
+    assert torch.equal(dots.long(), slots.argsort(1))
+
+
+def test_slots_are_those_of_the_definition() -> None:
+    check_slots()
+
+
 @by_codec
 def test_every_code_is_decoded_exactly(codec: Packed) -> None:
     shapes = ((8 * TILE,),)
@@ -253,6 +360,12 @@ def test_no_blocks_and_no_elements() -> None:
     assert ops.packed_compose(empty, *stored, torch.ones(2, 2), *tables).shape == (0,)
     dots = ops.packed_coef_grad(empty, *stored, *tables, layout.block_tile, 2, F32)
     assert same_bits(dots, torch.zeros(2, 2))
+    for codec in (CODECS["fp32"], PACKED[0]):
+        layout, (base, coef, _, keys), stored = partitioned(codec, 2, 5, F32, ((0,), (3, 0)))
+        tables = (layout.tile_block, layout.tile_offset, keys)
+        assert ops.partition_compose(base, *stored, coef, *tables).shape == (0,)
+        dots = partition_dots(layout, base, stored, keys, 2, 5)
+        assert same_bits(dots, torch.zeros(2, 2, 5))
     blocks = [torch.empty(0), torch.empty(3, 0)]
     assert [out.shape for out in ops.compose(blocks, blocks * 2, torch.ones(2, 2))] == [
         (0,),
@@ -300,7 +413,9 @@ def test_repeated_calls_give_the_same_bits() -> None:
     base, foreign, _ = lists(2, None, None, "offset")
     small, (_, words, scales, _, wide) = packed_arenas(PACKED[0], 2, F32, ((TILE + 1,),))
     small_tables = (small.tile_block, small.tile_offset, small.block_tile)
+    split, (_, _, parts, keys), stored = partitioned(PACKED[0], 2, 5)
     calls: list[Callable[[], Tensor]] = [
+        lambda: partition_dots(split, parts, stored, keys, 2, 5),
         lambda: ops.bank_coef_grad(grad, deltas, *tables, 2, F32),
         lambda: ops.coef_grad(base, foreign, F32),
         lambda: ops.packed_coef_grad(wide, words, scales, PACKED[0].bits, *small_tables, 2, F32),
@@ -321,7 +436,7 @@ def test_launches(monkeypatch: pytest.MonkeyPatch) -> None:
             launched.append(name)
             return getattr(self.module, name)
 
-    for module in ("kernels", "packed"):
+    for module in ("kernels", "packed", "partition"):
         monkeypatch.setattr(ops, module, Counting(getattr(ops, module)))
     layout, (base, deltas, coef, grad) = arenas(2, F32, BF16)
     tables = (layout.tile_block, layout.tile_offset)
@@ -329,6 +444,7 @@ def test_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     small, (values, words, scales, factors, wide) = packed_arenas(PACKED[0], 2, F32, ((13,), (7,)))
     stored = (words, scales, PACKED[0].bits)
     small_tables = (small.tile_block, small.tile_offset)
+    parts, keys = torch.ones(2, 2, 5), torch.zeros_like(small.tile_block)
     for call, names in (
         (lambda: ops.bank_compose(base, deltas, coef, *tables), ["bank_compose_kernel"]),
         (
@@ -342,6 +458,14 @@ def test_launches(monkeypatch: pytest.MonkeyPatch) -> None:
         (
             lambda: ops.packed_coef_grad(wide, *stored, *small_tables, small.block_tile, 2, F32),
             ["packed_partial_kernel", "sum_tiles_kernel"],
+        ),
+        (
+            lambda: ops.partition_compose(values, *stored, parts, *small_tables, keys),
+            ["partition_compose_kernel"],
+        ),
+        (
+            lambda: partition_dots(small, wide, stored, keys, 2, 5),
+            ["partition_partial_kernel", "partition_sum_kernel"],
         ),
         (lambda: ops.compose(blocks, foreign, coefs), ["compose_kernel"]),
         (lambda: ops.coef_grad(blocks, foreign, F32), ["partial_kernel", "sum_tiles_kernel"]),
@@ -368,6 +492,9 @@ def test_launch_configuration(architecture: str, count: int) -> None:
     # Four of the words that eight planes have in common, in 128 bits per thread.
     packed = config.packed(architecture)
     assert packed.tile == TILE == 4 * 8 * lanes * packed.num_warps
+    # Eight slots, or bfloat16 values in 128 bits, per thread.
+    split = config.partition(architecture)
+    assert split.tile == TILE == 8 * lanes * split.num_warps
 
 
 # ---- tables -------------------------------------------------------------------------------------
@@ -486,11 +613,16 @@ def fenced(tensor: Tensor) -> Tensor:
     return copy.copy_(tensor)
 
 
-def compute_between_fences() -> None:
-    """All operators on tensors whose neighbours may not be touched."""
+def fence_allocations() -> None:
+    """What is allocated from here on is fenced: for a process that ends soon."""
     empty, empty_like = torch.empty, torch.empty_like
     torch.empty = lambda *size, **options: fenced(empty(*size, **options))
     torch.empty_like = lambda tensor, **_: fenced(empty_like(tensor))  # type: ignore[assignment]
+
+
+def compute_between_fences() -> None:
+    """All operators but the partitioned on tensors whose neighbours may not be touched."""
+    fence_allocations()
     layout, (base, deltas, coef, grad) = arenas(2, F32, BF16)
     tables = [fenced(getattr(layout, name)) for name in TABLES]
     base, deltas, coef, grad = map(fenced, (base, deltas, coef, grad))
@@ -509,6 +641,23 @@ def compute_between_fences() -> None:
         ops.packed_coef_grad(grad, *stored, *tables, 2, F32)
 
 
+def compute_partitions_between_fences() -> None:
+    """Both operators on partitioned coefficients, likewise."""
+    fence_allocations()
+    for name in ("fp32", "int4", "int3"):
+        layout, tensors, (deltas, scales, bits) = partitioned(
+            CODECS[name], 2, 5, F32, ((1,), (TILE + 1,))
+        )
+        base, coef, grad, keys = map(fenced, tensors)
+        stored = (fenced(deltas), None if scales is None else fenced(scales), bits)
+        block, offset, chunk, first = (
+            fenced(getattr(layout, table))
+            for table in ("tile_block", "tile_offset", "chunk_tile", "block_chunk")
+        )
+        ops.partition_compose(base, *stored, coef, block, offset, keys)
+        ops.partition_coef_grad(grad, *stored, offset, keys, chunk, first, 2, 5, F32)
+
+
 def status_of(function: Callable[[], None]) -> int:
     """The exit status of a copy of this process that runs the function."""
     child = os.fork()
@@ -523,13 +672,16 @@ def status_of(function: Callable[[], None]) -> int:
     os._exit(0)
 
 
-def check_fences() -> None:
-    assert status_of(compute_between_fences) == 0
+def check_fences(compute: Callable[[], None] = compute_between_fences) -> None:
+    assert status_of(compute) == 0
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="uses fork and mmap of Linux")
-def test_memory_of_others_is_not_touched() -> None:
-    check_fences()
+@pytest.mark.parametrize(
+    "compute", [compute_between_fences, compute_partitions_between_fences], ids=["all", "partition"]
+)
+def test_memory_of_others_is_not_touched(compute: Callable[[], None]) -> None:
+    check_fences(compute)
 
 
 # ---- registration -------------------------------------------------------------------------------

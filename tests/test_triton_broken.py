@@ -16,7 +16,7 @@ from test_triton_codegen import Compiled, Job
 
 pytestmark = values.pytestmark
 if importlib.util.find_spec("triton") is not None:
-    from atlas_kernels.backends.triton import kernels, ops, packed
+    from atlas_kernels.backends.triton import kernels, ops, packed, partition
     from atlas_kernels.codecs import CODECS
 
 BF16, F32 = torch.bfloat16, torch.float32
@@ -132,6 +132,32 @@ def test_wrong_packed_values_are_noticed(
         values.check_packed(CODECS[codec], 2, F32)
 
 
+@pytest.mark.parametrize(
+    ("name", "old", "new", "codec"),
+    [
+        ("slot_map", "for _ in tl.static_range(ROUNDS)", "for _ in tl.static_range(3)", "bf16"),
+        ("round_backwards", "h_keys[ROUNDS - 1 - r]", "h_keys[r]", "bf16"),
+        ("inverse", "return h_near * (2 - h_odd * h_near)", "return h_near", "bf16"),
+        ("group_rounding", "umulhi(h_slot,", "umulhi(h_slot | 0xFFFFF,", "bf16"),
+        ("first_slot", "(o_group * TILE + num_groups - 1)", "(o_group * TILE)", "bf16"),
+        ("last_slot", "tl.where(o_slot < o_end, b_members, 0)", "b_members", "bf16"),
+        ("block_of_coef", "(p_tile_block + i_t)", "(p_tile_block)", "bf16"),
+        ("stride_of_coef", "num_blocks.to(tl.int64) * num_groups", "num_groups", "bf16"),
+        ("vector_of_sums", "p_part += i.to", "p_part += 0 * i.to", "bf16"),
+        ("split_field", "o // WORDS % count * BITS", "o % count * BITS", "int4"),
+        ("split_high_words", "2 * WORDS + 2 * o_unit", "2 * WORDS + o_unit", "int3"),
+        ("split_scale", "(num_vectors * start + i * length)", "(num_vectors * start)", "sign"),
+    ],
+)  # fmt: skip
+def test_wrong_partitions_are_noticed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, old: str, new: str, codec: str
+) -> None:
+    module = code.module_from(broken(tmp_path, partition, name, old, new))
+    monkeypatch.setattr(ops, "partition", module)
+    with pytest.raises(AssertionError):
+        values.check_partition(CODECS[codec], 2, 5)
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="uses fork and mmap of Linux")
 @pytest.mark.parametrize(
     ("module", "name", "old", "new"),
@@ -147,6 +173,12 @@ def test_wrong_packed_values_are_noticed(
         ("packed", "scale_mask", "mask=m_group, other=0", "mask=o_group >= 0, other=0"),
         ("packed", "plane_mask", "k * WORDS, mask=m, other=0", "k * WORDS"),
         ("packed", "packed_store_mask", "b_out, mask=m", "b_out"),
+        ("partition", "value_mask", "p_items + o, mask=m, other=0", "p_items + o"),
+        ("partition", "field_mask", "+ o % WORDS), mask=m, other=0", "+ o % WORDS)"),
+        (
+            "partition", "group_mask",
+            "b_sums, mask=tl.arange(0, GROUPS) < num_groups", "b_sums",
+        ),
     ],
 )  # fmt: skip
 def test_stray_accesses_are_noticed(
@@ -154,8 +186,11 @@ def test_stray_accesses_are_noticed(
 ) -> None:
     flawed = code.module_from(broken(tmp_path, getattr(ops, module), name, old, new))
     monkeypatch.setattr(ops, module, flawed)
+    compute = values.compute_between_fences
+    if module == "partition":
+        compute = values.compute_partitions_between_fences
     with pytest.raises(AssertionError):
-        values.check_fences()
+        values.check_fences(compute)
 
 
 FLAWS = {
@@ -198,6 +233,18 @@ PACKED_FLAWS = {
 }  # fmt: skip
 
 
+PARTITION_FLAWS = {
+    "partition_offset_32": (
+        "stride = num_blocks.to(tl.int64) * num_groups", "stride = num_blocks * num_groups",
+        code.check_offsets, ("partition_compose_kernel",),
+    ),
+    "partition_start_hint": (
+        "tl.multiple_of(tl.load(p_tile_offset + i_t), 16)", "tl.load(p_tile_offset + i_t)",
+        code.check_partition_widths, ("partition_compose_kernel", "partition_partial_kernel"),
+    ),
+}  # fmt: skip
+
+
 def test_flaws_of_the_code_are_noticed(tmp_path: Path) -> None:
     jobs = [
         Job("sm_90", (9,), (("bf16", "bf16"),), str(broken(tmp_path, kernels, name, old, new)))
@@ -213,13 +260,27 @@ def test_flaws_of_the_code_are_noticed(tmp_path: Path) -> None:
         )
         for name, (old, new, _) in PACKED_FLAWS.items()
     ]
+    jobs += [
+        Job(
+            "sm_90",
+            (9,),
+            (("fp32", "int4"),),
+            str(broken(tmp_path, partition, name, old, new)),
+            "partition",
+        )
+        for name, (old, new, _, _) in PARTITION_FLAWS.items()
+    ]
     # 128 elements per thread.
     jobs.append(Job("sm_90", (9,), (("fp32", "bf16"),), launch=(4096, 1, 0)))
     *results, crowded = code.compiled_elsewhere(*jobs)
     for (_, _, check, guilty), compiled in zip(FLAWS.values(), results, strict=False):
         assert noticed_in(compiled, check) == set(guilty)
-    for (_, _, check), compiled in zip(PACKED_FLAWS.values(), results[len(FLAWS) :], strict=True):
+    results = results[len(FLAWS) :]
+    for (_, _, check), compiled in zip(PACKED_FLAWS.values(), results, strict=False):
         assert noticed_in(compiled, check) == {"packed_compose_kernel", "packed_partial_kernel"}
+    results = results[len(PACKED_FLAWS) :]
+    for (_, _, check, guilty), compiled in zip(PARTITION_FLAWS.values(), results, strict=True):
+        assert noticed_in(compiled, check) == set(guilty)
     assert noticed_in(crowded, code.check_spills) == {"bank_compose_kernel", "compose_kernel"}
 
 

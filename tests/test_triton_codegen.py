@@ -35,6 +35,7 @@ PACKED_PAIRS = (*(("fp32", codec) for codec in CODECS), ("bf16", "sign"), ("bf16
 # gfx942 SIMD: with 16 bytes per thread in flight, 14 and 20 KB per multiprocessor for each vector.
 # Kernels for mixed dtypes have a branch per dtype and may take 96 on either.
 CEILING = {"sm": 72, "gfx": 96, "mixed": 96}
+PARTITION = ("partition_compose_kernel", "partition_partial_kernel", "partition_sum_kernel")
 # Elements of which a thread holds a float32 in the loop of a packed kernel.
 HELD = 32
 # In that loop, per element and vector, at most 5 % above the most found. Three are the decoding and
@@ -48,6 +49,18 @@ INSTRUCTIONS = {
     ("packed_partial_kernel", "sm_90"): (4.9, 4.9, 7.6, 5.0, 5.4),
     ("packed_partial_kernel", "sm_100"): (4.7, 4.7, 6.8, 4.6, 4.9),
     ("packed_partial_kernel", "gfx942"): (5.6, 5.5, 7.3, 5.1, 6.0),
+}
+# The same for partitioned coefficients: floating-point deltas, three bits, all other codecs. A slot
+# takes about five in each of four rounds, in the sums anew for every vector.
+PARTITIONED = {
+    ("partition_compose_kernel", "sm_80"): (6.0, 19.6, 16.1),
+    ("partition_compose_kernel", "sm_90"): (6.0, 19.7, 16.3),
+    ("partition_compose_kernel", "sm_100"): (8.2, 19.1, 16.3),
+    ("partition_compose_kernel", "gfx942"): (4.5, 16.3, 12.9),
+    ("partition_partial_kernel", "sm_80"): (34.0, 49.1, 47.2),
+    ("partition_partial_kernel", "sm_90"): (34.0, 49.8, 45.9),
+    ("partition_partial_kernel", "sm_100"): (34.6, 49.8, 45.5),
+    ("partition_partial_kernel", "gfx942"): (35.1, 50.4, 46.0),
 }
 
 pytestmark = pytest.mark.skipif(
@@ -110,9 +123,13 @@ PATTERNS = {
 
 
 def products_32(ttir: str) -> int:
-    """32-bit products, but for those of indices within a tile (a tensor) and a constant."""
+    """32-bit products, but for those of indices within a tile (a tensor) and a constant, and those
+    of hashes (%h_), which wrap on purpose.
+    """
     constants = set(re.findall(r"(%\w+) = arith\.constant dense", ttir))
-    products = re.findall(r"arith\.muli (%[\w#]+), (%[\w#]+)\b.*: (?:tensor<[\dx]+)?i32\b", ttir)
+    products = re.findall(
+        r"%(?!h_)\w+ = arith\.muli (%[\w#]+), (%[\w#]+)\b.*: (?:tensor<[\dx]+)?i32\b", ttir
+    )
     return sum(constants.isdisjoint(factors) for factors in products)
 
 
@@ -202,10 +219,10 @@ def compile_all(job: Job) -> list[Compiled]:
     from triton.backends.compiler import GPUTarget
     from triton.runtime.driver import driver
 
-    from atlas_kernels.backends.triton import config, kernels, ops, packed
+    from atlas_kernels.backends.triton import config, kernels, ops, packed, partition
     from atlas_kernels.codecs import CODECS as BY_NAME
 
-    modules = {"kernels": kernels, "packed": packed}
+    modules = {"kernels": kernels, "packed": packed, "partition": partition}
     if job.source is not None:
         modules[job.module] = module_from(Path(job.source))
     if job.launch is not None:
@@ -320,6 +337,8 @@ def launch_dense(ops: Any, base: str, delta: str, count: int) -> None:
         tables = (layout.tile_block, layout.tile_offset)
         ops.bank_compose(arena, rows, coef, *tables)
         ops.bank_coef_grad(arena, rows, *tables, layout.block_tile, count, torch.float32)
+        if "fp16" not in (base, delta):
+            launch_partition(ops, layout, arena, (rows, None, 0), count)
 
 
 def launch_packed(ops: Any, dtype: torch.dtype, codec: Any, count: int) -> None:
@@ -334,6 +353,16 @@ def launch_packed(ops: Any, dtype: torch.dtype, codec: Any, count: int) -> None:
     tables = (layout.tile_block, layout.tile_offset)
     ops.packed_compose(arena, *stored, torch.zeros(count, 2), *tables)
     ops.packed_coef_grad(arena, *stored, *tables, layout.block_tile, count, torch.float32)
+    launch_partition(ops, layout, arena, stored, count)
+
+
+def launch_partition(ops: Any, layout: Any, arena: Any, stored: Any, count: int) -> None:
+    """Both operators on partitioned coefficients, with groups that are no power of two."""
+    groups, keys = 80, torch.zeros_like(layout.tile_block)
+    coef = torch.zeros(count, 2, groups)
+    ops.partition_compose(arena, *stored, coef, layout.tile_block, layout.tile_offset, keys)
+    tables = (layout.tile_offset, keys, layout.chunk_tile, layout.block_chunk)
+    ops.partition_coef_grad(arena, *stored, *tables, count, groups, torch.float32)
 
 
 def module_from(path: Path) -> Any:
@@ -374,7 +403,7 @@ def check_spills(it: Compiled) -> None:
 
 def check_widths(it: Compiled) -> None:
     """Tiles of the base, of every delta and of the output move 128 bits per access."""
-    if it.kernel == "sum_tiles_kernel" or it.base == "mixed" or it.delta in CODECS:
+    if it.base == "mixed" or it.delta in CODECS or it.kernel in ("sum_tiles_kernel", *PARTITION):
         return
     rows, rest = divmod(it.wide("load") - it.per_thread(it.base), it.per_thread(it.delta))
     # A compiler may unroll or peel the loop over vectors of a kernel that is not.
@@ -413,8 +442,46 @@ def words_per_vector(it: Compiled) -> int:
     return 2 if it.delta in ("int3", "int8") else 1
 
 
+def check_partition_widths(it: Compiled) -> None:
+    """Only gathered coefficients and scales move less than 128 bits."""
+    if it.kernel == "partition_sum_kernel":
+        assert it.wide("load") % 2 == 0, it
+        assert it.wide("load") > 0, it
+        # The first and the last chunk of a block.
+        assert it.narrow("load") <= 2, it
+    elif it.kernel in PARTITION:
+        held = it.tile // it.threads
+        vectors = tiles_in_loop(it)
+        assert vectors == int(vectors) > 0, it
+        composes = it.kernel == "partition_compose_kernel"
+        written = it.per_thread(it.base if composes else "fp32")
+        assert it.wide("store") == written, it
+        assert it.narrow("store") == 0, it
+        gathers = held if composes else 0
+        scales = 2 if it.delta in CODECS else 0
+        # A compiler may peel what it unrolls; two offsets, a block or two chunks, a key.
+        rows = it.wide("load") // wide_per_tile(it)
+        assert it.narrow("load") <= rows * (gathers + scales) + 5, it
+
+
+def tiles_in_loop(it: Compiled) -> float:
+    """Of how many tiles, each of one vector, the loop loads the elements."""
+    return moving(it.loop, "load", 128) / wide_per_tile(it)
+
+
+def wide_per_tile(it: Compiled) -> int:
+    """128-bit loads per thread and turn of a loop: of words once per element that they hold."""
+    words = it.tile // it.threads // 4
+    deltas = words * (1 + (it.delta == "int3")) if it.delta in CODECS else it.per_thread(it.delta)
+    return deltas + (it.per_thread(it.base) if it.kernel == "partition_partial_kernel" else 0)
+
+
 def check_instructions(it: Compiled) -> None:
-    """Decoding stays cheap."""
+    """Decoding and hashing stay cheap."""
+    if it.kernel in PARTITION[:2]:
+        kind = (it.delta in CODECS) + (it.delta in CODECS and it.delta != "int3")
+        most = PARTITIONED[it.kernel, it.architecture][kind] * it.tile / it.threads
+        assert sum(it.loop.values()) <= most * tiles_in_loop(it), it
     if it.kernel.startswith("packed"):
         vectors = moving(it.loop, "load", 128) / words_per_vector(it)
         most = INSTRUCTIONS[it.kernel, it.architecture][CODECS.index(it.delta)]
@@ -439,8 +506,8 @@ def check_rounding(it: Compiled) -> None:
 
 
 CHECKS = (
-    check_spills, check_widths, check_packed_widths, check_instructions, check_offsets,
-    check_loops, check_rounding,
+    check_spills, check_widths, check_packed_widths, check_partition_widths, check_instructions,
+    check_offsets, check_loops, check_rounding,
 )  # fmt: skip
 
 
@@ -460,7 +527,7 @@ def test_code(everything: dict[str, list[Compiled]], architecture: str, check: A
     kernels = everything[architecture]
     assert {it.kernel for it in kernels} == {
         "bank_compose_kernel", "bank_partial_kernel", "compose_kernel", "partial_kernel",
-        "packed_compose_kernel", "packed_partial_kernel", "sum_tiles_kernel",
+        "packed_compose_kernel", "packed_partial_kernel", "sum_tiles_kernel", *PARTITION,
     }  # fmt: skip
     for it in kernels:
         check(it)
@@ -476,7 +543,7 @@ def test_one_binary_for_many_vectors(
     for (kernel, base, delta, _), hashes in binaries.items():
         assert len(hashes) == 1
         assert binaries[kernel, base, delta, 64] == binaries[kernel, base, delta, 21]
-        if "compose" not in kernel or kernel.startswith("packed"):
+        if "compose" not in kernel or kernel.startswith(("packed", "partition")):
             assert binaries[kernel, base, delta, 64] == binaries[kernel, base, delta, 1]
 
 

@@ -34,7 +34,7 @@ def register() -> None:
 
     library = torch.library.Library(namespace("triton"), "IMPL")
     _libraries.append(library)
-    for name in (name for name in SCHEMAS if hasattr(ops, name)):
+    for name in SCHEMAS:
         for device in devices():
             library.impl(name, getattr(ops, name), device.upper())
 

@@ -19,11 +19,12 @@ from operator import or_
 from typing import Any
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 
 from ...layout import TILE
-from . import config, kernels, packed
+from . import config, kernels, packed, partition
 
 _TRITON = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 _CODE = {
@@ -123,6 +124,67 @@ def packed_coef_grad(
                 bits, launch.tile, num_warps=launch.num_warps,
             )  # fmt: skip
     return _sum_tiles(part, block_tile, dtype)
+
+
+def partition_compose(
+    base: Tensor,
+    deltas: Tensor,
+    scales: Tensor | None,
+    bits: int,
+    coef: Tensor,
+    tile_block: Tensor,
+    tile_offset: Tensor,
+    tile_key: Tensor,
+) -> Tensor:
+    """`reference.partition_compose` in one launch."""
+    out = torch.empty_like(base)
+    num_vectors, num_blocks, groups = coef.shape
+    num_tiles = tile_block.numel()
+    launch = config.partition(_architecture(base.device))
+    if num_tiles:
+        with _on(base.device):
+            partition.partition_compose_kernel[(num_tiles,)](
+                base, deltas, scales, coef.contiguous(), tile_block, tile_offset, tile_key, out,
+                num_vectors, num_blocks, groups, bits, launch.tile, num_warps=launch.num_warps,
+            )  # fmt: skip
+    return out
+
+
+def partition_coef_grad(
+    grad: Tensor,
+    deltas: Tensor,
+    scales: Tensor | None,
+    bits: int,
+    tile_offset: Tensor,
+    tile_key: Tensor,
+    chunk_tile: Tensor,
+    block_chunk: Tensor,
+    num_vectors: int,
+    groups: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`reference.partition_coef_grad` in two launches."""
+    num_chunks, num_blocks = chunk_tile.numel() - 1, block_chunk.numel() - 1
+    launch = config.partition(_architecture(grad.device))
+    part = torch.empty(
+        (num_chunks, num_vectors, launch.tile), dtype=torch.float32, device=grad.device
+    )
+    if part.numel():
+        with _on(grad.device):
+            partition.partition_partial_kernel[(num_chunks * num_vectors,)](
+                grad.contiguous(), deltas, scales, tile_offset, tile_key, chunk_tile, part,
+                num_vectors, bits, launch.tile, num_warps=launch.num_warps,
+            )  # fmt: skip
+    result = torch.empty((num_vectors, num_blocks, groups), dtype=torch.float32, device=grad.device)
+    if result.numel():
+        with _on(grad.device):
+            partition.partition_sum_kernel[(num_vectors * num_blocks,)](
+                part, block_chunk, result, num_vectors, num_blocks, groups, launch.tile,
+                triton.next_power_of_2(groups),
+                triton.next_power_of_2(triton.cdiv(launch.tile, groups)),
+                num_warps=launch.num_warps,
+            )  # fmt: skip
+    return result.to(dtype)
 
 
 def compose(base: Sequence[Tensor], deltas: Sequence[Tensor], coef: Tensor) -> list[Tensor]:
