@@ -1,11 +1,14 @@
 """The schema of runs, experiments and suites: what it accepts, refuses, and makes of a table."""
 
+import re
 from pathlib import Path
 
 import pytest
 import yaml
 
 from atlas_kernels.experiments.config import (
+    METHODS,
+    Checkpoints,
     Experiment,
     FewShotRun,
     NegationRun,
@@ -161,3 +164,15 @@ def test_suites_and_their_sources() -> None:
     suite = load_suite("few-shot", {"model": "RN50", "checkpoints": "c", "data": "d"})
     assert suite.model == "RN50"
     assert {run.epochs for _, run in suite.runs()} == {30}
+
+
+def test_every_field_is_in_the_docs() -> None:
+    page = Path(__file__).parent.parent.joinpath("docs", "configs.md").read_text(encoding="utf-8")
+    for schema in (Own, Checkpoints, *METHODS.values()):
+        for name, field in schema.model_fields.items():
+            if name not in ("kind", "method"):
+                assert f"| `{name}` |" in page, name
+                assert not field.description or field.description in page, name
+    for example in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL):
+        contents = yaml.safe_load(example)
+        checked(Suite if "experiments" in contents else Single, contents, "docs")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,6 +16,7 @@ from ..composed import ComposedModel
 from ..data import LabelledImages
 from ..learn import (
     SAR,
+    TIP_JOINT,
     UFM,
     Adaptation,
     Entropy,
@@ -140,8 +141,7 @@ class Setting:
             OSError, ValueError: as `Workspace` does; or there are too few images.
         """
         run, space = self.run, self.space
-        joined = (*getattr(run, "tasks", ()), getattr(run, "control", None))
-        for name in filter(None, (run.target, *joined)):
+        for name in run.tasks_needed:
             task = space.task(name)
             space.head(name)
             if isinstance(run, FewShotRun):
@@ -158,8 +158,7 @@ class Setting:
         """What a picture of the run is called."""
         run = self.run
         what = f"{run.shots} images per class" if isinstance(run, FewShotRun) else ""
-        where = run.target or ", ".join(getattr(run, "tasks", ()))
-        return ", ".join(part for part in (where, what) if part)
+        return ", ".join(part for part in (*run.tasks_needed, what) if part)
 
     @property
     def target(self) -> str:
@@ -170,12 +169,13 @@ class Setting:
 
     def vectors(self) -> dict[str, TaskVector]:
         """The task vectors that the run may use: never the target's own."""
-        strict = self.run.strict
-        return {
-            name: vector
-            for name, vector in self.space.vectors(self.run.vectors).items()
-            if name != self.run.target and not (strict and self.space.related(name, self.target))
-        }
+        run, space = self.run, self.space
+        names = [
+            name
+            for name in run.sources or space.vector_names(run.vectors)
+            if name != run.target and not (run.strict and space.related(name, self.target))
+        ]
+        return space.vectors(run.vectors, names)
 
     def compose(
         self, vectors: Mapping[str, TaskVector] | None = None, **choice: Any
@@ -257,8 +257,7 @@ def _few_shot(setting: Setting) -> Result:
     shots = sample_shots(task.train.labels.cpu(), run.shots, run.seed)
     few = task.train.subset(shots)
     if run.how == "own":
-        own = setting.space.vectors(run.vectors)[setting.target]
-        encoder = setting.compose({setting.target: own})
+        encoder = setting.compose(setting.space.vectors(run.vectors, [setting.target]))
         with torch.no_grad():
             encoder.coef.fill_(1)
         return _with_shifts(setting, setting.result(setting.classifier(encoder)))
@@ -308,6 +307,8 @@ def _adapted(setting: Setting, model: ImageClassifier, few: LabelledImages) -> R
             model,
             few,
             validation,
+            # As published: twice the epochs of the coefficients alone.
+            replace(TIP_JOINT, epochs=2 * run.resolved("epochs"), seed=run.seed) if joint else None,
             joint=joint,
             batch_size=run.resolved("batch"),
             progress=setting.progress,
@@ -318,11 +319,9 @@ def _adapted(setting: Setting, model: ImageClassifier, few: LabelledImages) -> R
 
 
 def _chosen(setting: Setting, few: LabelledImages) -> dict[str, TaskVector]:
-    """The vectors that learn: all, one, noise in their place, or a budget of them."""
+    """The vectors that learn: all, a budget of them, or noise in their place."""
     run = cast(FewShotRun, setting.run)
     vectors = setting.vectors()
-    if run.only is not None:
-        return {run.only: vectors[run.only]}
     if run.select != "all":
         vectors = _selected(setting, vectors, few)
     if run.bases == "matched":
@@ -343,7 +342,7 @@ def _selected(
         chosen = select_random(len(names), budget, run.seed)
     elif run.select == "features":
         base = space.encoder()
-        theirs = [features(base, space.task(name).train.images) for name in names]
+        theirs = [space.features(name) for name in names]
         chosen = select_by_features(features(base, few.images), theirs, budget)
     else:
         encoder = setting.compose(vectors)
@@ -423,7 +422,7 @@ def _addition(setting: Setting) -> Result:
     space = setting.space
     names = run.tasks or space.tasks
     own = isinstance(space, OwnWorkspace)
-    vectors = {} if own else {name: space.vectors(run.vectors)[name] for name in names}
+    vectors = {} if own else space.vectors(run.vectors, names)
     choice = {"include": weights_only(space.encoder())} if run.weights_only else {}
     # Accuracies of the tasks' own models, by which those of the sum are divided.
     tuned = [{"validation": 1.0, "test": 1.0} for _ in names]
@@ -477,9 +476,7 @@ def _negation(setting: Setting) -> Result:
         raise ValueError("negation needs a control task to keep")
     choice = {"include": weights_only(space.encoder())} if run.weights_only else {}
     own = isinstance(space, OwnWorkspace)
-    encoder = setting.compose(
-        None if own else {target: space.vectors(run.vectors)[target]}, **choice
-    )
+    encoder = setting.compose(None if own else space.vectors(run.vectors, [target]), **choice)
     tasks = [_joint_task(setting, name) for name in (target, run.control)]
     outcome: Outcome | None = None
     if run.how == "coefficients":
@@ -532,7 +529,7 @@ def _per_instance(setting: Setting) -> Result:
 
 
 def _cosine(setting: Setting) -> Result:
-    vectors = setting.space.vectors(setting.run.vectors)
+    vectors = setting.vectors()
     matrix = cosines(list(vectors.values()))
     return Result(
         {

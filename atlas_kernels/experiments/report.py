@@ -145,9 +145,7 @@ def _section(records: Records, experiment: Experiment) -> dict[str, Any]:
 
 def figures(records: Records, experiment: Experiment) -> Iterator[Figure]:
     """The pictures of an experiment; none if nothing was measured."""
-    if experiment.picture == "matrix":
-        yield from _matrices(records, experiment)
-    elif experiment.picture == "lines" and experiment.axis:
+    if experiment.picture == "lines" and experiment.axis:
         curves = list(_curves(records, experiment))
         if curves:
             yield plots.lines_figure(
@@ -157,23 +155,25 @@ def figures(records: Records, experiment: Experiment) -> Iterator[Figure]:
                 ylabel=f"{experiment.metric} accuracy",
                 log=min(float(value) for value in experiment.axis.values) > 0,
             )
-    else:
+    elif experiment.picture == "bars":
         groups, bars = _bars(records, experiment)
         if bars:
             yield plots.bars_figure(
                 groups, bars, title=experiment.title, ylabel=f"{experiment.metric} accuracy"
             )
+    yield from _matrices(records, experiment)
 
 
 def _matrices(records: Records, experiment: Experiment) -> Iterator[Figure]:
     for cell, record in records.done.items():
         metrics = record["metrics"]
-        if cell.experiment == experiment.name and "matrix" in metrics:
+        first = cell.seed in (None, experiment.seeds[0])
+        if cell.experiment == experiment.name and first and "matrix" in metrics:
             yield plots.matrix_figure(
                 np.asarray(metrics["matrix"]),
                 metrics["names"],
                 title=f"{experiment.title}: {cell.arm}",
-                label=experiment.metric,
+                label=experiment.matrix or experiment.metric,
             )
 
 

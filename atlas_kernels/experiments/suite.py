@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
 
-from .config import Cell, Run, Source, Suite
+from .config import AdditionRun, Cell, NegationRun, Run, Source, Suite, Vectors
 from .methods import Setting, perform
 from .processes import default_processes, run_jobs
 from .results import Records
@@ -40,7 +41,8 @@ def run_suite(
         # Here, and not in every process at once: what is missing is said, and made, once.
         space = open_workspace(suite.source, folder / VECTORS)
         for kind in sorted({run.vectors for _, run in missing}):
-            space.vectors(kind)
+            space.vectors(kind, sorted(_needed(space, kind, [run for _, run in missing])))
+        _check_images(space, [run for _, run in missing])
     function = partial(run_cell, source=suite.source, cache_folder=folder / VECTORS)
     with tqdm(
         total=len(runs),
@@ -55,6 +57,36 @@ def run_suite(
             bar.set_postfix_str(f"{cell.experiment}: {cell.arm}")
             bar.update()
     return records
+
+
+def _needed(space: Workspace, kind: Vectors, runs: Sequence[Run]) -> set[str]:
+    """The tasks whose vectors of a kind the runs may use."""
+    names: set[str] = set()
+    for run in runs:
+        if run.vectors != kind:
+            continue
+        if isinstance(run, NegationRun) and run.target is not None:
+            names.add(run.target)
+        else:
+            tasks = run.tasks if isinstance(run, AdditionRun) else run.sources
+            names |= set(tasks or space.vector_names(kind))
+    return names
+
+
+def _check_images(space: Workspace, runs: Sequence[Run]) -> None:
+    """Raises one FileNotFoundError for all tasks whose images are not there."""
+    names = sorted({name for run in runs for name in run.tasks_needed})
+    lacking = [problem for name in names if (problem := _missing_images(space, name))]
+    if lacking:
+        raise FileNotFoundError("\n".join(lacking))
+
+
+def _missing_images(space: Workspace, name: str) -> str | None:
+    try:
+        space.task(name)
+    except FileNotFoundError as error:
+        return str(error)
+    return None
 
 
 def run_cell(

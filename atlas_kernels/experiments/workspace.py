@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from ..data.folder import load_folder
 from ..data.out_of_domain import OutOfDomain, load_out_of_domain
 from ..demo.assets import asset_folder, load_task_vectors
 from ..demo.vectors import Kind, make_vector
+from ..learn import features
 from ..task_vector import TaskVector
 from .config import Checkpoints, Embedded, Own, Run, Source, Vectors
 from .processes import default_processes, run_jobs
@@ -30,6 +31,7 @@ from .processes import default_processes, run_jobs
 _ENCODER = "visual."
 _SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 _BANK = "bank.safetensors"
+_PACKED = "choosing among task vectors needs them unpacked: give checkpoints, not a bank"
 
 
 class Workspace(ABC):
@@ -40,6 +42,9 @@ class Workspace(ABC):
     """
 
     device = torch.device("cpu")
+
+    def __init__(self) -> None:
+        self._features: dict[str, Tensor] = {}
 
     @property
     @abstractmethod
@@ -64,8 +69,22 @@ class Workspace(ABC):
         """A new copy of the base's image encoder."""
 
     @abstractmethod
-    def vectors(self, kind: Vectors) -> dict[str, TaskVector]:
-        """All task vectors by task."""
+    def vector_names(self, kind: Vectors) -> tuple[str, ...]:
+        """The tasks that there are vectors of."""
+
+    @abstractmethod
+    def vectors(self, kind: Vectors, names: Sequence[str]) -> dict[str, TaskVector]:
+        """Task vectors by task; made first, if that is how they come about.
+
+        Raises:
+            OSError, ValueError: there are no such vectors.
+        """
+
+    def features(self, name: str) -> Tensor:
+        """The base's features of a task's training images: computed once."""
+        if name not in self._features:
+            self._features[name] = features(self.encoder(), self.task(name).train.images)
+        return self._features[name]
 
     def related(self, name: str, target: str) -> bool:
         """Whether a vector was made from the target's own images."""
@@ -117,6 +136,7 @@ class EmbeddedWorkspace(Workspace):
     """The model, vectors and tasks that come with the package."""
 
     def __init__(self, cache_folder: Path | None = None) -> None:
+        super().__init__()
         self._cache_folder = cache_folder
 
     @property
@@ -141,13 +161,23 @@ class EmbeddedWorkspace(Workspace):
         """See `Workspace`."""
         return copy.deepcopy(_embedded_model().get_submodule("visual"))
 
-    def vectors(self, kind: Vectors) -> dict[str, TaskVector]:
+    def vector_names(self, kind: Vectors) -> tuple[str, ...]:
         """See `Workspace`."""
+        return task_names()
+
+    def vectors(self, kind: Vectors, names: Sequence[str]) -> dict[str, TaskVector]:
+        """See `Workspace`."""
+        unknown = [name for name in names if name not in task_names()]
+        if unknown:
+            raise ValueError(
+                f"no task vector of {unknown[0]!r}: choose of {', '.join(task_names())}"
+            )
         if kind == "standard":
-            return _embedded_vectors()
+            return {name: _embedded_vectors()[name] for name in names}
         if self._cache_folder is None:
             raise ValueError(f"{kind} vectors of the embedded tasks have to be made: name a folder")
-        return _made_vectors("linear" if kind == "linear" else "lora", self._cache_folder)
+        short: Kind = "linear" if kind == "linear" else "lora"
+        return _made_vectors(short, names, self._cache_folder)
 
     def related(self, name: str, target: str) -> bool:
         """See `Workspace`."""
@@ -162,6 +192,7 @@ class OwnWorkspace(Workspace):
     """A bank of one's own, and a folder of images per task."""
 
     def __init__(self, source: Own) -> None:
+        super().__init__()
         self.source = source
         self.device = _device()
         names = [folder.resolve().name for folder in source.images]
@@ -219,11 +250,13 @@ class OwnWorkspace(Workspace):
         """See `Workspace`."""
         return copy.deepcopy(self._encoder)
 
-    def vectors(self, kind: Vectors) -> dict[str, TaskVector]:
+    def vector_names(self, kind: Vectors) -> tuple[str, ...]:
         """Refused: the vectors are packed already."""
-        raise ValueError(
-            "choosing among task vectors needs them unpacked: give checkpoints, not a bank"
-        )
+        raise ValueError(_PACKED)
+
+    def vectors(self, kind: Vectors, names: Sequence[str]) -> dict[str, TaskVector]:
+        """Refused, likewise."""
+        raise ValueError(_PACKED)
 
     def bank(
         self, run: Run, vectors: Mapping[str, TaskVector], folder: Path | None, **choice: Any
@@ -257,6 +290,7 @@ class CheckpointWorkspace(Workspace):
     """Checkpoints and data sets on disk, in the layout that `describe_layout` shows."""
 
     def __init__(self, source: Checkpoints) -> None:
+        super().__init__()
         self.source = source
         self.device = _device()
         self._folder = source.checkpoints / source.model
@@ -303,16 +337,28 @@ class CheckpointWorkspace(Workspace):
         """See `Workspace`."""
         return copy.deepcopy(self._clip.get_submodule("visual"))
 
-    def vectors(self, kind: Vectors) -> dict[str, TaskVector]:
+    def vector_names(self, kind: Vectors) -> tuple[str, ...]:
         """See `Workspace`."""
-        found = {name: self._vector_file(name, kind) for name in self.tasks}
-        present = {name: path for name, path in found.items() if path}
-        if not present:
-            raise FileNotFoundError(
-                f"no {kind} fine-tuned checkpoints below {self._folder}, in this layout:\n"
-                f"{describe_layout(self.source)}"
-            )
-        return {name: self._vector(name, path) for name, path in present.items()}
+        found = tuple(name for name in self.tasks if self._vector_file(name, kind))
+        if not found:
+            raise FileNotFoundError(self._lacking(kind))
+        return found
+
+    def vectors(self, kind: Vectors, names: Sequence[str]) -> dict[str, TaskVector]:
+        """See `Workspace`."""
+        vectors = {}
+        for name in names:
+            path = self._vector_file(name, kind)
+            if path is None:
+                raise FileNotFoundError(f"{name}: {self._lacking(kind)}")
+            vectors[name] = self._vector(name, path)
+        return vectors
+
+    def _lacking(self, kind: Vectors) -> str:
+        return (
+            f"no {kind} fine-tuned checkpoint below {self._folder}, in this layout:\n"
+            f"{describe_layout(self.source)}"
+        )
 
     def out_of_domain(self, name: str) -> tuple[OutOfDomain, ...]:
         """See `Workspace`."""
@@ -373,16 +419,14 @@ def _embedded_vectors() -> dict[str, TaskVector]:
     }
 
 
-def _made_vectors(kind: Kind, folder: Path) -> dict[str, TaskVector]:
+def _made_vectors(kind: Kind, names: Sequence[str], folder: Path) -> dict[str, TaskVector]:
     """From files, or made first: then with a progress bar, and what is finished is kept."""
-    missing = [
-        name for name in task_names() if not (folder / f"{kind}-{name}.safetensors").exists()
-    ]
+    missing = [name for name in names if not (folder / f"{kind}-{name}.safetensors").exists()]
     made = run_jobs(partial(make_vector, kind=kind, folder=folder), missing, default_processes())
     bar = tqdm(made, total=len(missing), desc=f"{kind} vectors", disable=not missing, leave=False)
     for _ in bar:
         pass
-    return {name: make_vector(name, kind, folder) for name in task_names()}
+    return {name: make_vector(name, kind, folder) for name in names}
 
 
 @cache
