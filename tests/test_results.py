@@ -46,6 +46,7 @@ SUITE = {
             "settings": {"method": "negation", "control": "c"},
             "arms": [{"label": "aTLAS"}],
             "targets": ["a"],
+            "seeds": [0, 1],
             "also": ["control"],
             "published": [{"arm": "aTLAS", "means": [18.76], "rows": {"x": 19.0, "y": 19.84}}],
         },
@@ -71,15 +72,21 @@ def test_means_and_errors(records) -> None:
     found = entry(records, experiment, learned, 1.0, "test")
     assert found is not None
     assert found.mean == pytest.approx((0.3 + 0.75) / 2)
-    # Over seeds of the means over targets (0.4, 0.65); over targets of the means over seeds.
-    assert found.se_seeds == pytest.approx(0.25 / math.sqrt(2) / math.sqrt(2))
-    assert found.se_targets == pytest.approx(0.45 / math.sqrt(2) / math.sqrt(2))
     assert found.by_target == {"a": (0.2, 0.4), "b": (0.6, 0.9)}
+    # Over seeds of the means over targets (0.4, 0.65).
+    assert found.error == pytest.approx(0.25 / math.sqrt(2) / math.sqrt(2))
+    # With one seed over targets (0.2, 0.6).
+    single = experiment.model_copy(update={"seeds": (0,)})
+    for cell in [cell for cell in records.done if cell.seed == 1]:
+        del records.done[cell]
+    found = entry(records, single, learned, 1.0, "test")
+    assert found is not None
+    assert found.error == pytest.approx(0.4 / math.sqrt(2) / math.sqrt(2))
     # An arm that does not depend on the axis stands in every column.
     for value in (1.0, 4.0):
         its = entry(records, experiment, start, value, "test")
         assert its is not None
-        assert (its.mean, its.se_seeds) == (pytest.approx(0.1), None)
+        assert (its.mean, its.error) == (pytest.approx(0.1), None)
     assert entry(records, experiment, learned, 1.0, "nothing") is None
     assert standard_error([1.0]) is None
 
@@ -97,17 +104,18 @@ def test_table_with_the_papers_rows(records) -> None:
     few_shot, negation = (table(records, experiment) for experiment in records.suite.experiments)
     assert few_shot.columns == ("", "k = 1", "k = 4")
     assert few_shot.rows == (
-        ("start", "10.0 +- 0.0", "10.0 +- 0.0"),
+        ("start", "10.0", "10.0"),
         ("learned", "52.5 +- 12.5", "57.5 +- 12.5"),
         ("published: learned", "50.0", "60.0"),
     )
     assert not few_shot.warnings
     # The paper's rows, not its headline; and a warning that says so.
     assert [row for row in negation.rows if row[0].startswith("published")] == [
-        ("published: aTLAS", "19.4")
+        ("published: aTLAS", "19.4", "")
     ]
     assert "18.76 %, but the mean of its own 2 rows is 19.42 %" in negation.warnings[0]
-    assert ("aTLAS: control", "50.0") in negation.rows
+    assert negation.columns == ("", "test, %", "control, %")
+    assert negation.rows[0] == ("aTLAS", "30.0 +- 10.0", "50.0 +- 0.0")
 
 
 def test_results_come_back_and_others_are_refused(records, tmp_path) -> None:

@@ -341,6 +341,11 @@ class Published(Schema):
     rows: dict[str, float] = Field({}, description="its own rows behind a headline, by task")
 
     @property
+    def headline(self) -> float | None:
+        """The number to compare with, without an axis: the mean of the rows, if there are any."""
+        return self.row_mean or next(iter(self.means), None)
+
+    @property
     def row_mean(self) -> float | None:
         """The mean of the paper's own rows, if it prints any."""
         return statistics.fmean(self.rows.values()) if self.rows else None

@@ -262,7 +262,8 @@ def _few_shot(setting: Setting) -> Result:
             encoder.coef.fill_(1)
         return _with_shifts(setting, setting.result(setting.classifier(encoder)))
     if run.how == "fine-tune":
-        return _supervised(setting, setting.space.encoder().requires_grad_(), few)
+        tuned = _supervised(setting, setting.space.encoder().requires_grad_(), few)
+        return _with_shifts(setting, tuned)
     if run.how == "zero-shot":
         model = setting.classifier(setting.space.encoder().requires_grad_(False))
         return _with_shifts(setting, _adapted(setting, model, few))

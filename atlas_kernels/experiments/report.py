@@ -58,43 +58,46 @@ class Table:
 
 
 def table(records: Records, experiment: Experiment) -> Table:
-    """Means in per cent, +- standard error, with the paper's numbers below."""
-    axis = experiment.axis
-    values: tuple[Any, ...] = axis.values if axis else (None,)
-    headings = [f"{axis.label} = {_short(value)}" for value in axis.values] if axis else []
-    metrics = (experiment.metric, *experiment.also)
-    rows, over_targets = [], False
-    for arm in experiment.arms:
-        for metric in metrics:
-            found = [entry(records, experiment, arm, value, metric) for value in values]
-            if not any(found):
-                continue
-            label = arm.label if len(metrics) == 1 else f"{arm.label}: {metric}"
-            over_targets |= any(
-                e and e.se_seeds is None and e.se_targets is not None for e in found
-            )
-            rows.append((label, *map(_percent, found)))
+    """Means in per cent, +- standard error, with the paper's numbers below.
+
+    A column is a value of the axis, or a metric if there is no axis.
+    """
+    axis, metrics = experiment.axis, (experiment.metric, *experiment.also)
     mine = [p for p in experiment.published if p.model == (records.suite.model or "")]
-    rows += [_published_row(published, len(values)) for published in mine]
-    note = "Mean over targets, in %, +- standard error over seeds"
-    if over_targets:
-        note += " (with one seed: over targets)"
-    return Table(
-        ("", *(headings or ("%",))),
-        tuple(rows),
-        tuple(_warnings(mine)),
-        f"{note}. {len(experiment.targets or (None,))} target(s), {len(experiment.seeds)} seed(s).",
+    measured: list[tuple[str, list[Entry | None]]] = []
+    published: list[tuple[str, ...]] = []
+    if axis:
+        columns = [f"{axis.label} = {_short(value)}" for value in axis.values]
+        for arm, metric in itertools.product(experiment.arms, metrics):
+            label = arm.label if len(metrics) == 1 else f"{arm.label}: {metric}"
+            found = [entry(records, experiment, arm, value, metric) for value in axis.values]
+            measured.append((label, found))
+        for each in mine:
+            label = each.arm if each.metric == experiment.metric else f"{each.arm}: {each.metric}"
+            means = [*each.means, *[None] * (len(columns) - len(each.means))]
+            published.append((f"published: {label}", *map(_number, means)))
+    else:
+        columns = [f"{metric}, %" for metric in metrics]
+        for arm in experiment.arms:
+            found = [entry(records, experiment, arm, None, metric) for metric in metrics]
+            measured.append((arm.label, found))
+            its = {each.metric: each.headline for each in mine if each.arm == arm.label}
+            if its:
+                numbers = (_number(its.get(metric)) for metric in metrics)
+                published.append((f"published: {arm.label}", *numbers))
+    present = [(label, found) for label, found in measured if any(found)]
+    over = "seeds" if len(experiment.seeds) > 1 else "targets"
+    note = f"Mean over targets, in %, +- standard error over {over}"
+    counts = (
+        _count(len(experiment.targets or (None,)), "target"),
+        _count(len(experiment.seeds), "seed"),
     )
-
-
-def _published_row(published: Published, count: int) -> tuple[str, ...]:
-    means = [*published.means, *[None] * (count - len(published.means))]
-    if published.row_mean is not None and count == 1:
-        means = [published.row_mean]
-    label = f"published: {published.arm}"
-    if published.metric != "test":
-        label += f": {published.metric}"
-    return (label, *("" if mean is None else f"{mean:.1f}" for mean in means))
+    return Table(
+        ("", *columns),
+        (*((label, *map(_percent, found)) for label, found in present), *published),
+        tuple(_warnings(mine)),
+        f"{note}. {counts[0]}, {counts[1]}.",
+    )
 
 
 def _warnings(published: list[Published]) -> Iterator[str]:
@@ -247,6 +250,14 @@ def _embedded(figure: Figure) -> str:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150)
     return base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f}"
+
+
+def _count(count: int, what: str) -> str:
+    return f"{count} {what}{'s' * (count != 1)}"
 
 
 def _percent(found: Entry | None) -> str:

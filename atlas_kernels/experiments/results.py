@@ -88,20 +88,14 @@ class Entry:
 
     Attributes:
         mean: over targets of the means over seeds.
-        se_seeds: standard error over seeds of the means over targets; None for fewer than two.
-        se_targets: standard error over targets of the means over seeds; likewise.
+        error: standard error over seeds of the means over targets; in an experiment with one seed
+            over targets. None for fewer than two values.
         by_target: the values of all seeds.
     """
 
     mean: float
-    se_seeds: float | None
-    se_targets: float | None
+    error: float | None
     by_target: dict[str | None, tuple[float, ...]]
-
-    @property
-    def error(self) -> float | None:
-        """Over seeds; over targets if there is one seed."""
-        return self.se_targets if self.se_seeds is None else self.se_seeds
 
 
 def entry(
@@ -119,16 +113,11 @@ def entry(
         return None
     by_target = {target: tuple(seeds.values()) for target, seeds in scores.items()}
     means = [statistics.fmean(values) for values in by_target.values()]
+    if len(experiment.seeds) == 1:
+        return Entry(statistics.fmean(means), standard_error(means), by_target)
     common = set.intersection(*(set(seeds) for seeds in scores.values()))
-    by_seed = [
-        statistics.fmean(s[seed] for s in scores.values()) for seed in sorted(common, key=str)
-    ]
-    return Entry(
-        statistics.fmean(means),
-        standard_error(by_seed),
-        standard_error(means),
-        by_target,
-    )
+    by_seed = [statistics.fmean(s[seed] for s in scores.values()) for seed in common]
+    return Entry(statistics.fmean(means), standard_error(by_seed), by_target)
 
 
 def _metric(metrics: Any, name: str) -> float | None:
