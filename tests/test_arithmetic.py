@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -194,9 +195,9 @@ def test_a_step_composes_once_and_an_epoch_ends_with_the_smallest_task(
     modes: list[bool] = []
     compose = ak.TaskVectorBank.compose
 
-    def counted(bank: ak.TaskVectorBank, coef: Tensor) -> dict[str, Tensor]:
+    def counted(bank: ak.TaskVectorBank, coef: Tensor, **options: Any) -> dict[str, Tensor]:
         modes.append(torch.is_grad_enabled())
-        return compose(bank, coef)
+        return compose(bank, coef, **options)
 
     monkeypatch.setattr(ak.TaskVectorBank, "compose", counted)
     add(encoder, tasks, Recipe(epochs=3), progress=False)

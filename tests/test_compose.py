@@ -32,6 +32,7 @@ from atlas_kernels import ops, reference
 from atlas_kernels.backends import resolve
 from atlas_kernels.compose import _BankCompose, bank_compose
 from atlas_kernels.layout import TILE, Layout
+from atlas_kernels.partition import tile_keys
 
 # -- values and gradients ------------------------------------------------------------------------
 
@@ -254,14 +255,18 @@ def test_gradcheck_of_the_list_form(isotropic: bool) -> None:
     assert gradgradcheck(function, (start, *tensors))
 
 
-def test_gradcheck_of_the_bank_form() -> None:
+@pytest.mark.parametrize("groups", [0, 2])
+def test_gradcheck_of_the_bank_form(groups: int) -> None:
     """bank_compose itself rounds coef to float32; the Function under it does not."""
     resolve("torch", "cpu", True)
     layout = Layout.from_shapes([(2, 3), (), (5,)])
     base = torch.randn(layout.numel, dtype=torch.float64, requires_grad=True)
     deltas = torch.randn(2 * layout.numel, dtype=torch.float64)
-    coef = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+    shape = (2, 3, groups) if groups else (2, 3)
+    coef = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    key = tile_keys("abc", layout, 0) if groups else None
     tables = layout.tile_block, layout.tile_offset, layout.block_tile
+    tables = (*tables, key, layout.chunk_tile, layout.block_chunk)
 
     def function(coef: Tensor, base: Tensor) -> Any:
         return _BankCompose.apply("torch", coef, base, 0, deltas, None, *tables)

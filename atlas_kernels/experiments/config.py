@@ -14,9 +14,18 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from ..checkpoints import write_atomically
+from ..codecs import parse_codec
 from ..learn import Recipe
 
 Vectors = Literal["standard", "linear", "lora-product", "lora-factorwise"]
@@ -108,6 +117,12 @@ class Run(Schema):
     preset: Literal["clean", "official"] | None = Field(None, description="of the gradient's norm")
     warmup: int | None = Field(None, ge=0, description="steps of rising learning rate")
     batch: int | None = Field(None, ge=1, description="images per step")
+
+    @field_validator("codec")
+    @classmethod
+    def _known_codec(cls, name: str) -> str:
+        parse_codec(name)
+        return name
 
     @model_validator(mode="after")
     def _goes_together(self) -> Run:
