@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -238,7 +239,10 @@ class Setting:
 
     def result(self, model: nn.Module, learned: Learned | None = None, **metrics: Any) -> Result:
         """The model's accuracies on validation and test."""
-        scores = {"validation": self.validate(model), "test": self.test(model)}
+        # What the kept epoch was chosen by need not be measured again.
+        known = learned is not None and math.isfinite(learned.score)
+        validation = learned.score if learned is not None and known else self.validate(model)
+        scores = {"validation": validation, "test": self.test(model)}
         return Result({**scores, **metrics}, model, learned)
 
 
