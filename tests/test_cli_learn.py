@@ -91,6 +91,15 @@ def test_same_seed_same_bits_and_another_seed_others(finished, tmp_path) -> None
     assert repeatable(tmp_path / "other")[2] != repeatable(finished)[2]
 
 
+def test_a_stored_config_does_it_again_and_options_replace_its_fields(finished, tmp_path) -> None:
+    config = ("--config", finished / "config.yaml")
+    assert few_shot(*config, "-o", tmp_path / "again") == 0
+    assert repeatable(tmp_path / "again") == repeatable(finished)
+    assert few_shot(*config, "--epochs", 1, "-o", tmp_path / "shorter") == 0
+    assert len(results(tmp_path / "shorter")["history"]) == 2
+    assert cli.main(["learn", "peft", *map(str, config), "-o", str(tmp_path / "other")]) == 2
+
+
 def test_interrupted_run_goes_on_to_the_same_bits(finished, tmp_path, monkeypatch, capsys) -> None:
     real, calls = Setting.validate, []
 
@@ -202,6 +211,9 @@ def test_own_model_and_images(own, tmp_path, capsys) -> None:
     assert its["zero_shot"]["test"] <= 0.7
     assert its["metrics"]["test"] >= 0.9
     assert its["settings"]["source"]["template"] == ["a photo of a {}."]
+    config = ("--config", tmp_path / "config.yaml", "--epochs", 0)
+    assert few_shot(*config, "-o", tmp_path / "again") == 0
+    assert results(tmp_path / "again")["zero_shot"] == its["zero_shot"]
     merged = read_state_dict(tmp_path / "merged.safetensors")
     assert merged.keys() == own.base.keys()
     for name, tensor in own.base.items():
@@ -255,6 +267,8 @@ def test_head_is_that_of_the_class_names(own, tmp_path, monkeypatch) -> None:
         (("--memory", "none"), "argument --memory: invalid choice: 'none'"),
         (("--template", "a {}"), "--template needs --bank and --images and --model as well"),
         (("--bank", "b"), "--bank needs --images and --model as well"),
+        (("--model", "tiny"), "--model needs --bank and --images as well"),
+        (("--bank", "b", "--checkpoints", "c"), "two ways to give a model: choose one"),
         (("OWN", "--task", TASK), "--task is digits-inverted, but the folders of --images are"),
         (("OWN", "--codec", "int8"), "a bank has its codec already"),
         (("OWN", "--images", "nowhere"), "nowhere: expected a folder with images in train/CLASS/"),

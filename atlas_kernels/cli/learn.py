@@ -37,6 +37,8 @@ _TASK = "mnist-rotated"
 # A related task, and an unrelated one.
 _TASKS = ("mnist-rotated", "digits-inverted", "fashion-noise")
 _CONTROL = "fashion-clean"
+# What a base that sees nothing in its images cannot forget, or learn from without labels.
+_TARGETS = {"negation": "mnist-clean", "test-time": "mnist-noise", "per-instance": "mnist-noise"}
 # Fields that have another option, or none.
 _RENAMED = {"target": "task"}
 _INTERNAL = ("method",)
@@ -152,12 +154,11 @@ def _config(arguments: argparse.Namespace) -> Single:
         raise ValueError(f"{arguments.config} is of learn {read.run.method}, not of {where}")
     run = {**(read.run.model_dump() if read else {}), **_fields(given, METHODS[arguments.method])}
     source = read.source.model_dump() if read else {"kind": "embedded"}
-    own, theirs = _fields(given, Own), _fields(given, Checkpoints)
-    if own.keys() & {"bank", "images", "template", "text"}:
-        source = {"kind": "own", **own}
-    elif theirs.keys() - {"model"}:
-        source = {"kind": "checkpoints", **theirs}
-    _check_source(source, run)
+    source = _source(source, _fields(given, Own), _fields(given, Checkpoints))
+    if source["kind"] == "own":
+        _check_own(source, run)
+        if "codec" in given:
+            raise ValueError("--codec is for task vectors: a bank has its codec already")
     _fill_in(source, run, arguments.method)
     contents = {"source": source, "run": {**run, "method": arguments.method}}
     return checked(Single, contents, where, _option)
@@ -167,21 +168,31 @@ def _fields(given: dict[str, Any], schema: type[BaseModel]) -> dict[str, Any]:
     return {name: given[name] for name in schema.model_fields if name in given}
 
 
-def _check_source(source: dict[str, Any], run: dict[str, Any]) -> None:
-    if source["kind"] != "own":
-        return
+def _source(before: dict[str, Any], own: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
+    """Where model and images come from: as in the file, unless options say otherwise."""
+    if own.keys() - {"model"} and theirs.keys() - {"model"}:
+        raise ValueError("--bank and --checkpoints are two ways to give a model: choose one")
+    if theirs.keys() - {"model"}:
+        kind, fields = "checkpoints", theirs
+    elif own.keys() - {"model"} or (own and before["kind"] == "embedded"):
+        kind, fields = "own", own
+    else:
+        # Nothing, or another model's name for what the file has.
+        return {**before, **own}
+    return {**(before if before["kind"] == kind else {}), "kind": kind, **fields}
+
+
+def _check_own(source: dict[str, Any], run: dict[str, Any]) -> None:
     needed = ("bank", "images", "model")
     found = [name for name in (*needed, "template", "text") if name in source]
     absent = [f"--{name}" for name in needed if name not in source]
     if absent:
         raise ValueError(f"--{found[0]} needs {' and '.join(absent)} as well")
-    if run.get("target") and "target" in run and run["target"] not in _names(source):
+    if run.get("target") and run["target"] not in _names(source):
         raise ValueError(
             f"--task is {run['target']}, but the folders of --images are "
             f"{', '.join(_names(source))}"
         )
-    if "codec" in run:
-        raise ValueError("--codec is for task vectors: a bank has its codec already")
 
 
 def _names(source: dict[str, Any]) -> list[str]:
@@ -193,9 +204,9 @@ def _fill_in(source: dict[str, Any], run: dict[str, Any], method: str) -> None:
     embedded = source["kind"] == "embedded"
     names = _names(source) if source["kind"] == "own" else []
     if method == "addition":
-        run.setdefault("tasks", _TASKS if embedded else names)
+        run["tasks"] = run.get("tasks") or (_TASKS if embedded else names)
     elif embedded or names:
-        run["target"] = run.get("target") or (_TASK if embedded else names[0])
+        run["target"] = run.get("target") or (_TARGETS.get(method, _TASK) if embedded else names[0])
     if method == "negation" and (embedded or len(names) > 1):
         run["control"] = run.get("control") or (_CONTROL if embedded else names[1])
 
