@@ -21,7 +21,8 @@ from atlas_kernels.experiments.config import FewShotRun
 from atlas_kernels.experiments.methods import Setting
 
 TASK = "digits-inverted"
-QUICK = ("--task", TASK, "--shots", "2", "--epochs", "2", "--batch", "32")
+SOURCES = ("digits-clean", "mnist-inverted", "fashion-noise")
+QUICK = ("--task", TASK, "--shots", "2", "--epochs", "2", "--batch", "32", "--sources", *SOURCES)
 COLORS = {"dark_red": (150, 20, 30), "blue": (20, 40, 200)}
 
 
@@ -64,7 +65,8 @@ def test_embedded_task_end_to_end(finished) -> None:
     ]
     assert (finished / "history.png").read_bytes().startswith(b"\x89PNG")
     assert TASK not in its["vectors"]
-    assert (len(its["vectors"]), its["blocks"], len(its["history"])) == (23, 56, 3)
+    assert its["vectors"] == list(SOURCES)
+    assert (its["blocks"], len(its["history"])) == (56, 3)
     assert its["settings"]["run"]["target"] == TASK
     assert its["settings"]["run"]["codec"] == "bf16"
     assert "torch" in its["versions"]
@@ -198,7 +200,7 @@ def _tiny(monkeypatch) -> None:
 def of(own: SimpleNamespace, bank: str = "full") -> tuple[object, ...]:
     folder = own.folder
     files = ("--bank", folder / f"{bank}.safetensors", "--images", folder / "images")
-    return (*files, "--model", "tiny", "--shots", 8)
+    return (*files, "--model", "tiny", "--shots", 8, "--batch", 32)
 
 
 def test_own_model_and_images(own, tmp_path, capsys) -> None:
