@@ -25,14 +25,13 @@ from ..experiments.config import (
     read_yaml,
     write_yaml,
 )
+from ..experiments.results import CONFIG, RESULTS, versions, write_json
 
 if TYPE_CHECKING:
     from ..experiments.methods import Result, Setting
     from ..learn import Learned
 
 STATE = "training.safetensors"
-RESULTS = "results.json"
-CONFIG = "config.yaml"
 _TASK = "mnist-rotated"
 # A related task, and an unrelated one.
 _TASKS = ("mnist-rotated", "digits-inverted", "fashion-noise")
@@ -213,7 +212,6 @@ def _fill_in(source: dict[str, Any], run: dict[str, Any], method: str) -> None:
 
 def _run(setting: Setting, config: Single) -> None:
     from ..experiments.methods import perform
-    from ..experiments.results import versions, write_json
 
     folder = setting.folder
     assert folder is not None
