@@ -4,11 +4,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 OLDER := .venv/older/bin
 READY := .venv/.ready
-NATIVE := $(wildcard csrc/*/*)
+NATIVE := $(wildcard csrc/*.h csrc/*/*)
 CXX_SOURCES := $(NATIVE) $(wildcard tests/cuda_shim/* tests/cpu_sanitize/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test compatibility lint format kernels bench clean
+.PHONY: help demo test compatibility lint format kernels gpu bench clean
 
 help:
 	@echo "make demo     set up .venv and learn a composition of task vectors on real images"
@@ -17,6 +17,7 @@ help:
 	@echo "make lint     formatting, style and types"
 	@echo "make format   rewrites the sources as lint wants them"
 	@echo "make kernels  the proofs of the GPU kernels alone (part of make test)"
+	@echo "make gpu      the operator's tests on this machine's GPU"
 	@echo "make bench    measure the operator against its alternatives"
 
 $(READY): pyproject.toml setup.py constraints.txt $(NATIVE)
@@ -42,6 +43,10 @@ compatibility: $(READY)
 
 kernels: $(READY)
 	$(BIN)/python -m pytest tests/test_triton*.py tests/test_cuda.py
+
+gpu: $(READY)
+	ATLAS_KERNELS_ON_GPU=1 $(BIN)/python -m pytest -k 'triton or cuda or test_gpu' \
+	  $(addprefix tests/test_,gpu.py compose.py bank.py codecs.py partition.py)
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

@@ -126,7 +126,7 @@ if os.environ.get("ATLAS_KERNELS_CPP") != "0":
             "_cpp",
             "ATLAS_KERNELS_CPP",
             sources=CPU_SOURCES,
-            depends=sorted(map(str, Path("csrc/cpu").iterdir())),
+            depends=sorted(map(str, [*Path("csrc").glob("*.h"), *Path("csrc/cpu").iterdir()])),
             extra_compile_args=[*CXX_FLAGS, *STABLE_ABI],
             libraries=["torch_cpu"],
         )

@@ -66,7 +66,7 @@ def compose(
     """
     base = tuple(base)
     deltas = tuple(tuple(vector) for vector in deltas)
-    composed = _compose_by_extension(base, deltas, coef, backend)
+    composed = _compose_plain(base, deltas, coef, backend)
     if composed is not None:
         return composed
     check(base, deltas, coef)
@@ -82,40 +82,38 @@ def compose(
     return result
 
 
-def _compose_by_extension(
+def _compose_plain(
     base: tuple[Tensor, ...],
     deltas: Sequence[Sequence[Tensor | None]],
     coef: Tensor,
     backend: str,
 ) -> tuple[Tensor, ...] | None:
-    """Composes by the CPU extension if the arguments are plain and fit; None if not.
+    """Composes by a backend that checks its arguments, if they are plain and fit; None if not.
 
     Thousands of small tensors cost more to check one by one, and to pass through autograd, than to
-    compose. The extension checks dtypes, shapes and devices for next to nothing; what it refuses
+    compose. These backends check dtypes, shapes and devices for next to nothing; what they refuse
     goes the general way, which finds the words.
     """
-    if backend not in ("auto", "cpp") or torch.compiler.is_compiling() or _is_transformed():
+    if torch.compiler.is_compiling() or _is_transformed():
         return None
     if not base or any(len(vector) != len(base) for vector in deltas):
         return None
     if not all(isinstance(tensor, Tensor) for tensor in (coef, *base)):
         return None
-    if not coef.is_floating_point() or base[0].device.type != "cpu":
+    if not coef.is_floating_point() or coef.device != base[0].device:
         return None
-    absent = torch.empty(ops.ABSENT)
+    absent = base[0].new_empty(ops.ABSENT)
     flat = [absent if delta is None else delta for vector in deltas for delta in vector]
     try:
         # Ten times as fast as asking each delta.
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*flat):
             return None
-    except TypeError:
-        return None
-    if resolve(backend, "cpu", False) != "cpp":
-        return None
-    try:
+        chosen = resolve(backend, base[0].device.type, False)
+        if chosen == "torch":
+            return None
         coef = _per_block(coef.to(torch.float32), len(base))
-        composed: tuple[Tensor, ...] = _ComposeByExtension.apply(coef, flat, *base)
-    except (RuntimeError, TypeError):
+        composed: tuple[Tensor, ...] = _ComposePlain.apply(chosen, coef, flat, *base)
+    except (RuntimeError, TypeError, ValueError):
         return None
     return composed
 
@@ -346,33 +344,34 @@ class _Compose(_Batched):
         return None, None, coef_grad, *base_grads, *delta_grads
 
 
-class _ComposeByExtension(torch.autograd.Function):
-    """(coef [N, B], deltas [N * B], *base [B]) -> B composed blocks.
+class _ComposePlain(torch.autograd.Function):
+    """(backend, coef [N, B], deltas [N * B], *base [B]) -> B composed blocks.
 
     The deltas are one argument, hidden from autograd: they need no gradient.
     """
 
     @staticmethod
-    def forward(coef: Tensor, deltas: list[Tensor], *base: Tensor) -> Any:
-        return tuple(torch.ops.atlas_kernels_cpp.compose(base, deltas, coef.contiguous()))
+    def forward(backend: str, coef: Tensor, deltas: list[Tensor], *base: Tensor) -> Any:
+        op = getattr(torch.ops, ops.namespace(backend)).compose
+        return tuple(op(base, deltas, coef.contiguous()))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        _, deltas, *base = inputs
+        ctx.backend, _, deltas, *base = inputs
         ctx.num_blocks = len(base)
-        if ctx.needs_input_grad[0]:
+        if ctx.needs_input_grad[1]:
             ctx.save_for_backward(*deltas)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         coef_grad = None
-        if ctx.needs_input_grad[0]:
+        if ctx.needs_input_grad[1]:
             differentiable = torch.is_grad_enabled() or _is_transformed()
             call = _CoefGrad.apply if differentiable else _CoefGrad.forward
-            coef_grad = call("cpp", ctx.num_blocks, torch.float32, *grads, *ctx.saved_tensors)
-        needs = ctx.needs_input_grad[2:]
+            coef_grad = call(ctx.backend, ctx.num_blocks, torch.float32, *grads, *ctx.saved_tensors)
+        needs = ctx.needs_input_grad[3:]
         base_grads = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
-        return coef_grad, None, *base_grads
+        return None, coef_grad, None, *base_grads
 
 
 class _CoefGrad(_Batched):

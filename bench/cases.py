@@ -48,12 +48,13 @@ class Inputs:
     bank_grad: Tensor
 
     @classmethod
-    def random(cls, case: Case) -> Inputs:
+    def random(cls, case: Case, device: str = "cpu") -> Inputs:
         """Arguments whose deltas are a tenth of the base in size."""
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator(device).manual_seed(0)
 
         def normal(shape: tuple[int, ...], dtype: torch.dtype, scale: float = 1.0) -> Tensor:
-            return torch.empty(shape, dtype=dtype).normal_(0, scale, generator=generator)
+            empty = torch.empty(shape, dtype=dtype, device=device)
+            return empty.normal_(0, scale, generator=generator)
 
         base = [normal(shape, case.base_dtype) for shape in case.shapes]
         deltas = [
@@ -61,7 +62,7 @@ class Inputs:
             for _ in range(case.num_vectors)
         ]
         grads = [normal(shape, case.base_dtype) for shape in case.shapes]
-        layout = Layout.from_shapes(case.shapes)
+        layout = Layout.from_shapes(case.shapes).to(device)
         return cls(
             case,
             base,
@@ -76,7 +77,7 @@ class Inputs:
 
 
 def _arena(layout: Layout, rows: list[list[Tensor]]) -> Tensor:
-    arena = torch.zeros(len(rows) * layout.numel, dtype=rows[0][0].dtype)
+    arena = rows[0][0].new_zeros(len(rows) * layout.numel)
     for b, (start, end) in enumerate(zip(layout.offsets, layout.offsets[1:], strict=False)):
         region = arena[len(rows) * start : len(rows) * end]
         for i, row in enumerate(rows):

@@ -15,6 +15,10 @@ import torch
 
 import atlas_kernels as ak
 
+# What is measured on which device.
+BACKENDS = {"cpu": ("cpp",), "cuda": ("triton", "cuda")}
+GPU_CALLS = 8
+
 
 @dataclass(frozen=True)
 class Seconds:
@@ -31,28 +35,37 @@ class Seconds:
         return cls(quintiles[0], statistics.median(samples), quintiles[3])
 
 
-def interleaved(functions: dict[str, Callable[[], Any]], repeats: int) -> dict[str, Seconds]:
+def interleaved(
+    functions: dict[str, Callable[[], Any]], repeats: int, device: str = "cpu"
+) -> dict[str, Seconds]:
     """Times every function, one after the other, `repeats` times over.
 
     Whatever slows the machine down for a while then slows all of them. Each timed call follows a
-    call like it, as in training: caches and allocators are as that one left them.
+    call like it, as in training: caches and allocators are as that one left them. On a GPU a sample
+    is the mean of GPU_CALLS calls that wait for nothing but each other, as in training too: what
+    the host does for a call counts only where the GPU has to wait for it.
     """
     samples: dict[str, list[float]] = {name: [] for name in functions}
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    calls = GPU_CALLS if device == "cuda" else 1
     for _ in range(repeats):
         for name, function in functions.items():
             function()
+            wait()
             start = time.perf_counter()
-            result = function()
-            samples[name].append(time.perf_counter() - start)
+            for _ in range(calls):
+                result = function()
+            wait()
+            samples[name].append((time.perf_counter() - start) / calls)
             del result
     return {name: Seconds.of(values) for name, values in samples.items()}
 
 
 def bandwidth_probes(
-    bytes_each: int = 2**30,
+    device: str = "cpu", bytes_each: int = 2**30
 ) -> tuple[dict[str, Callable[[], Any]], dict[str, int]]:
     """A large sum and a large copy, as functions to time, and the bytes that each moves."""
-    source = torch.ones(bytes_each // 4)
+    source = torch.ones(bytes_each // 4, device=device)
     target = torch.empty_like(source).copy_(source)
     probes: dict[str, Callable[[], Any]] = {
         "sum": source.sum,
@@ -61,11 +74,16 @@ def bandwidth_probes(
     return probes, {"sum": bytes_each, "copy": 2 * bytes_each}
 
 
-def with_peak(function: Callable[[], Any]) -> tuple[Any, int | None]:
+def with_peak(function: Callable[[], Any], device: str = "cpu") -> tuple[Any, int | None]:
     """A function's result, and by how many bytes the process grew at most while it ran.
 
-    The latter is None where the system does not tell.
+    On a GPU: what PyTorch allocated there. None where the system does not tell.
     """
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        allocated = torch.cuda.memory_allocated()
+        result = function()
+        return result, torch.cuda.max_memory_allocated() - allocated
     try:
         Path("/proc/self/clear_refs").write_text("5")
         before = _status("VmRSS")
@@ -82,8 +100,9 @@ def _status(key: str) -> int:
     raise OSError(key)
 
 
-def machine() -> dict[str, Any]:
+def machine(device: str = "cpu") -> dict[str, Any]:
     """What a number depends on."""
+    on_gpu = device == "cuda"
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"],
         cwd=Path(__file__).parent,
@@ -93,6 +112,7 @@ def machine() -> dict[str, Any]:
     return {
         "processor": _processor(),
         "capability": torch.backends.cpu.get_cpu_capability(),
+        **({"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda} if on_gpu else {}),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -1,7 +1,7 @@
-"""Measures composition with coefficients by groups of elements (aTLAS x K), on the CPU.
+"""Measures composition with coefficients by groups of elements (aTLAS x K).
 
-    python -m bench.partitions [--groups 5 80 1200] [--vectors 21] [--blocks 152] [--threads 2]
-                               [--repeats 5] [--out FILE]
+    python -m bench.partitions [--groups 5 80 1200] [--vectors 21] [--blocks 152] [--device cuda]
+                               [--threads 2] [--repeats 5] [--out FILE]
 
 Against plain composition with one coefficient per block, and against PyTorch with the groups as
 stored indices: it looks coefficients up, and adds products into groups, vector by vector. All are
@@ -29,11 +29,12 @@ from atlas_kernels.segment import Segment
 
 from .cases import Case, vit_b_32
 from .codecs import DIRECTIONS, VERIFIED_BLOCKS, random_segment
-from .measure import interleaved, machine
+from .measure import BACKENDS, interleaved, machine
 
 Row = dict[str, Any]
 Functions = dict[str, Callable[[], Tensor]]
 NAMES = ("bf16", "int4")
+TILES_AT_ONCE = 512
 
 
 def main() -> None:
@@ -42,38 +43,41 @@ def main() -> None:
     parser.add_argument("--groups", type=int, nargs="+", default=[5, 80, 1200], metavar="K")
     parser.add_argument("--vectors", type=int, default=21, metavar="N")
     parser.add_argument("--blocks", type=int, default=152)
+    parser.add_argument("--device", choices=list(BACKENDS), default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, help="a file for JSON lines")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     console = Console(width=None if Console().is_terminal else 120)
-    device = machine()
+    device = machine(args.device)
     console.print({key: value for key, value in device.items() if key != "backends"})
     case = vit_b_32(args.vectors)
     case = Case(case.name, case.shapes[: args.blocks], args.vectors)
-    rows = list(throughput(case, args.groups, args.repeats))
+    rows = list(throughput(case, args.groups, args.repeats, args.device))
     console.print(table(rows))
     if args.out:
         args.out.write_text("".join(json.dumps(row | device) + "\n" for row in rows))
 
 
-def throughput(case: Case, groups: Sequence[int], repeats: int) -> Iterator[Row]:
+def throughput(case: Case, groups: Sequence[int], repeats: int, device: str) -> Iterator[Row]:
     """Verified, interleaved times of both directions for every number of groups."""
     functions: Functions = {}
+    few, n = case.shapes[:VERIFIED_BLOCKS], case.num_vectors
     for codec in NAMES:
-        _verify(
-            random_segment(CODECS[codec], case.shapes[:VERIFIED_BLOCKS], case.num_vectors), groups
-        )
-        segment = random_segment(CODECS[codec], case.shapes, case.num_vectors)
-        functions |= _plain(segment)
-        for count in groups:
-            functions |= _ours(segment, count)
-            if codec == "bf16":
-                # Values do not matter to its speed: the bank's, as if they lay vector by vector.
-                rows = segment.deltas.view(case.num_vectors, -1)
+        verified = random_segment(CODECS[codec], few, n, device)
+        segment = random_segment(CODECS[codec], case.shapes, n, device)
+        for backend in BACKENDS[device]:
+            _verify(verified, groups, backend)
+            functions |= _plain(segment, backend)
+            for count in groups:
+                functions |= _ours(segment, count, backend)
+        if codec == "bf16":
+            # Values do not matter to its speed: the bank's, as if they lay vector by vector.
+            rows = segment.deltas.view(n, -1)
+            for count in groups:
                 functions |= _torch(segment, rows, count)
-    seconds = interleaved(functions, repeats)
+    seconds = interleaved(functions, repeats, device)
     for name, measured in seconds.items():
         way, direction = name.split(" / ")
         yield {
@@ -88,34 +92,33 @@ def throughput(case: Case, groups: Sequence[int], repeats: int) -> Iterator[Row]
         }
 
 
-def _plain(segment: Segment) -> Functions:
-    coef = torch.ones(segment.num_vectors, len(segment.columns))
+def _plain(segment: Segment, backend: str) -> Functions:
+    coef = segment.base.new_ones(segment.num_vectors, len(segment.columns))
+    name, base = f"{backend}, {segment.codec.name}, by block", segment.base
     return {
-        f"{segment.codec.name}, by block / forward": lambda: segment.compose(coef, "cpp"),
-        f"{segment.codec.name}, by block / backward": lambda: segment.coef_grad(
-            segment.base, "cpp"
-        ),
+        f"{name} / forward": lambda: segment.compose(coef, backend),
+        f"{name} / backward": lambda: segment.coef_grad(base, backend),
     }
 
 
-def _ours(segment: Segment, groups: int) -> Functions:
-    coef, keys = _coef(segment, groups), _keys(segment)
+def _ours(segment: Segment, groups: int, backend: str) -> Functions:
+    coef, keys, base = _coef(segment, groups), _keys(segment), segment.base
+    name = f"{backend}, {segment.codec.name}, K = {groups}"
     return {
-        f"{segment.codec.name}, K = {groups} / forward": lambda: segment.compose(coef, "cpp", keys),
-        f"{segment.codec.name}, K = {groups} / backward": lambda: segment.coef_grad(
-            segment.base, "cpp", keys, groups
-        ),
+        f"{name} / forward": lambda: segment.compose(coef, backend, keys),
+        f"{name} / backward": lambda: segment.coef_grad(base, backend, keys, groups),
     }
 
 
 def _torch(segment: Segment, rows: Tensor, groups: int) -> Functions:
     """For deltas [N, P], with the group of every element in two bytes."""
     coef, layout = _coef(segment, groups), segment.layout
-    group = torch.empty(layout.numel, dtype=torch.int16)
-    for key, start, end in zip(
-        _keys(segment), layout.tile_offset, layout.tile_offset[1:], strict=False
-    ):
-        group[start:end] = group_of(slots(key.unsqueeze(0), TILE)[0, : end - start], groups)
+    group = torch.empty(layout.numel, dtype=torch.int16, device=segment.base.device)
+    offsets = layout.tile_offset.tolist()
+    for first, keys in enumerate(_keys(segment).split(TILES_AT_ONCE)):
+        start = first * TILES_AT_ONCE
+        for k, its in enumerate(group_of(slots(keys, TILE), groups), start):
+            group[offsets[k] : offsets[k + 1]] = its[: offsets[k + 1] - offsets[k]]
     spans = list(zip(layout.offsets, layout.offsets[1:], strict=False))
 
     def forward() -> Tensor:
@@ -127,7 +130,7 @@ def _torch(segment: Segment, rows: Tensor, groups: int) -> Functions:
         return total
 
     def backward() -> Tensor:
-        result = torch.zeros(len(rows), len(spans), groups)
+        result = rows.new_zeros(len(rows), len(spans), groups, dtype=torch.float32)
         for b, (start, end) in enumerate(spans):
             index, grad = group[start:end].long(), segment.base[start:end]
             for its, row in zip(result[:, b], rows, strict=True):
@@ -142,14 +145,15 @@ def _torch(segment: Segment, rows: Tensor, groups: int) -> Functions:
 
 def _coef(segment: Segment, groups: int) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(segment.num_vectors, len(segment.columns), groups, generator=generator)
+    coef = torch.randn(segment.num_vectors, len(segment.columns), groups, generator=generator)
+    return coef.to(segment.base.device)
 
 
 def _keys(segment: Segment) -> Tensor:
     return tile_keys([str(column) for column in segment.columns], segment.layout, 0)
 
 
-def _verify(segment: Segment, groups: Sequence[int]) -> None:
+def _verify(segment: Segment, groups: Sequence[int], backend: str) -> None:
     """Stops unless ours is the peer's, on deltas that the codec decodes."""
     count, codec = segment.num_vectors, segment.codec
     rows = []
@@ -172,7 +176,7 @@ def _verify(segment: Segment, groups: Sequence[int]) -> None:
             )
     dense = torch.cat(rows, 1)
     for k in groups:
-        ours, peer = _ours(segment, k), _torch(segment, dense, k)
+        ours, peer = _ours(segment, k, backend), _torch(segment, dense, k)
         for (name, function), expected in zip(ours.items(), peer.values(), strict=True):
             wanted = expected()
             error = (function() - wanted).abs().max()
@@ -194,8 +198,8 @@ def table(rows: Sequence[Row]) -> Table:
         cells = [way]
         for row in (row for row in rows if row["way"] == way):
             low, median, high = (row[f"seconds{q}"] for q in ("_q20", "", "_q80"))
-            cells += [f"{median * 1e3:.0f}", f"{low * 1e3:.0f} - {high * 1e3:.0f}"]
-            cells.append(f"{median / elements * 1e12:.0f}")
+            cells += [f"{median * 1e3:.3g}", f"{low * 1e3:.3g} - {high * 1e3:.3g}"]
+            cells.append(f"{median / elements * 1e12:.3g}")
         result.add_row(*cells)
     return result
 

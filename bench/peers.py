@@ -7,6 +7,7 @@ arguments, forward and backward: B composed tensors, and the coefficient gradien
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,13 +21,13 @@ from .cases import Inputs
 Way = tuple[Callable[[], Sequence[Tensor]], Callable[[], Tensor]]
 
 
-def ours_list(inputs: Inputs) -> Way:
+def ours_list(inputs: Inputs, backend: str) -> Way:
     """`ak.compose` on tensors that the caller owns."""
     coef = inputs.coef.clone().requires_grad_()
-    composed = ak.compose(inputs.base, inputs.deltas, coef)
+    composed = ak.compose(inputs.base, inputs.deltas, coef, backend=backend)
 
     def forward() -> Sequence[Tensor]:
-        return ak.compose(inputs.base, inputs.deltas, inputs.coef)
+        return ak.compose(inputs.base, inputs.deltas, inputs.coef, backend=backend)
 
     def backward() -> Tensor:
         return _coef_grad(composed[0], inputs.grads)
@@ -34,14 +35,14 @@ def ours_list(inputs: Inputs) -> Way:
     return forward, backward
 
 
-def ours_bank(inputs: Inputs) -> Way:
+def ours_bank(inputs: Inputs, backend: str) -> Way:
     """A bank's composition, split into blocks, and its gradient on the arena."""
+    arena, layout = (inputs.bank_base, inputs.bank_deltas), inputs.layout
     coef = inputs.coef.clone().requires_grad_()
-    composed = bank_compose(inputs.bank_base, inputs.bank_deltas, coef, inputs.layout)
+    composed = bank_compose(*arena, coef, layout, backend)
 
     def forward() -> Sequence[Tensor]:
-        flat = bank_compose(inputs.bank_base, inputs.bank_deltas, inputs.coef, inputs.layout)
-        return inputs.layout.split(flat)
+        return layout.split(bank_compose(*arena, inputs.coef, layout, backend))
 
     def backward() -> Tensor:
         return _coef_grad(composed, [inputs.bank_grad])
@@ -156,8 +157,11 @@ def compiled(inputs: Inputs) -> Way:
 
 
 WAYS: dict[str, Callable[[Inputs], Way]] = {
-    "atlas list": ours_list,
-    "atlas bank": ours_bank,
+    "atlas list": partial(ours_list, backend="auto"),
+    "atlas bank": partial(ours_bank, backend="auto"),
+    # On a GPU "auto" is the CUDA extension where it is built.
+    "triton list": partial(ours_list, backend="triton"),
+    "triton bank": partial(ours_bank, backend="triton"),
     "loop": loop,
     "foreach": foreach,
     "matmul": matmul,

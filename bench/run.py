@@ -1,6 +1,7 @@
 """Measures composition against its alternatives and against the memory bandwidth of the machine.
 
-    python -m bench.run [--vectors 1 8 21] [--threads 2] [--repeats 9] [--ways ...] [--out FILE]
+    python -m bench.run [--vectors 1 8 21] [--device cuda] [--threads 2] [--repeats 9]
+                        [--ways ...] [--out FILE]
 
 Every way is verified before it is timed, and all are timed in turn, together with a large sum and a
 large copy. FILE receives one JSON line per measurement.
@@ -22,7 +23,7 @@ from torch import Tensor
 from atlas_kernels import reference
 
 from .cases import Inputs, tiny, vit_b_32
-from .measure import Seconds, bandwidth_probes, interleaved, machine, with_peak
+from .measure import BACKENDS, Seconds, bandwidth_probes, interleaved, machine, with_peak
 from .peers import TOLERANCE, WAYS
 
 Row = dict[str, Any]
@@ -32,31 +33,34 @@ def main() -> None:
     """Runs the measurements and prints a table for each number of task vectors."""
     parser = argparse.ArgumentParser(prog="python -m bench.run", description=__doc__)
     parser.add_argument("--vectors", type=int, nargs="+", default=[1, 8, 21], metavar="N")
+    parser.add_argument("--device", choices=list(BACKENDS), default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
+    parser.add_argument("--ways", nargs="+", choices=list(WAYS))
     parser.add_argument("--out", type=Path, help="a file for JSON lines")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     console = Console(width=None if Console().is_terminal else 120)
-    device = machine()
+    device = machine(args.device)
+    ways = args.ways or [w for w in WAYS if args.device == "cuda" or not w.startswith("triton")]
     console.print({key: value for key, value in device.items() if key != "backends"})
     rows: list[Row] = []
     for num_vectors in args.vectors:
-        rows += throughput(num_vectors, args.ways, args.repeats)
+        rows += throughput(num_vectors, ways, args.repeats, args.device)
         console.print(throughput_table(rows, num_vectors))
-    rows += host_cost(args.vectors, [way for way in args.ways if way.startswith("atlas")])
+    ours = [way for way in ways if way.split()[0] in ("atlas", "triton")]
+    rows += host_cost(args.vectors, ours, args.device)
     console.print(host_table(rows))
     if args.out:
         args.out.write_text("".join(json.dumps(row | device) + "\n" for row in rows))
 
 
-def throughput(num_vectors: int, ways: Sequence[str], repeats: int) -> Iterator[Row]:
+def throughput(num_vectors: int, ways: Sequence[str], repeats: int, device: str) -> Iterator[Row]:
     """Verified, interleaved times of both directions on ViT-B/32."""
-    inputs = Inputs.random(vit_b_32(num_vectors))
-    functions, peaks = _verified(inputs, ways)
-    probes, probe_bytes = bandwidth_probes()
-    seconds = interleaved({**probes, **functions}, repeats)
+    inputs = Inputs.random(vit_b_32(num_vectors), device)
+    functions, peaks = _verified(inputs, ways, device)
+    probes, probe_bytes = bandwidth_probes(device)
+    seconds = interleaved({**probes, **functions}, repeats, device)
     bandwidth = max(probe_bytes[probe] / seconds[probe].median for probe in probes)
     for name in functions:
         way, direction = name.split(" / ")
@@ -76,12 +80,12 @@ def throughput(num_vectors: int, ways: Sequence[str], repeats: int) -> Iterator[
         }
 
 
-def host_cost(vectors: Sequence[int], ways: Sequence[str]) -> Iterator[Row]:
+def host_cost(vectors: Sequence[int], ways: Sequence[str], device: str) -> Iterator[Row]:
     """Times of calls that have next to nothing to compute."""
     for num_vectors in vectors:
-        inputs = Inputs.random(tiny(num_vectors))
-        functions, _ = _verified(inputs, ways)
-        for name, seconds in interleaved(functions, 200).items():
+        inputs = Inputs.random(tiny(num_vectors), device)
+        functions, _ = _verified(inputs, ways, device)
+        for name, seconds in interleaved(functions, 200, device).items():
             way, direction = name.split(" / ")
             yield _row(inputs, way, direction, seconds)
 
@@ -104,7 +108,7 @@ def _row(inputs: Inputs, way: str, direction: str, seconds: Seconds) -> Row:
 
 
 def _verified(
-    inputs: Inputs, ways: Sequence[str]
+    inputs: Inputs, ways: Sequence[str], device: str
 ) -> tuple[dict[str, Callable[[], Any]], dict[str, int | None]]:
     """The functions to time, each checked once, and how much memory that first call took."""
     deltas = [delta for vector in inputs.deltas for delta in vector]
@@ -117,7 +121,7 @@ def _verified(
     for way in ways:
         for direction, function in zip(expected, WAYS[way](inputs), strict=True):
             name = f"{way} / {direction}"
-            result, peaks[name] = with_peak(function)
+            result, peaks[name] = with_peak(function, device)
             tensors = [result] if isinstance(result, Tensor) else result
             for tensor, wanted in zip(tensors, expected[direction], strict=True):
                 _check(name, tensor, wanted, TOLERANCE.get(way, 1e-4))
@@ -149,9 +153,9 @@ def throughput_table(rows: Sequence[Row], num_vectors: int) -> Table:
         table.add_row(
             row["way"],
             row["direction"],
-            f"{row['seconds'] * 1e3:.0f}",
-            f"{row['seconds_q20'] * 1e3:.0f} - {row['seconds_q80'] * 1e3:.0f}",
-            f"{row['bytes_per_second'] / 1e9:.1f}",
+            f"{row['seconds'] * 1e3:.3g}",
+            f"{row['seconds_q20'] * 1e3:.3g} - {row['seconds_q80'] * 1e3:.3g}",
+            f"{row['bytes_per_second'] / 1e9:.4g}",
             f"{row['fraction_of_bandwidth']:.2f}",
             "-" if speedup is None else f"{speedup:.1f}",
             "-" if peak is None else f"{peak / 1e6:.0f}",

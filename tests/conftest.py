@@ -3,11 +3,16 @@
 import os
 
 # Read by Triton when the kernels are imported, so before anything imports them.
-os.environ.setdefault("TRITON_INTERPRET", "1")
+if os.environ.get("ATLAS_KERNELS_ON_GPU") != "1":
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import on_gpu
 import pytest
 import torch
 from hypothesis import settings
+
+if on_gpu.ENABLED:
+    on_gpu.install()
 
 settings.register_profile("atlas", deadline=None, max_examples=40, derandomize=True)
 settings.load_profile("atlas")

@@ -12,6 +12,7 @@ from math import prod
 from typing import Any
 
 import numpy as np
+import on_gpu
 import pytest
 import torch
 from hypothesis import given, settings
@@ -23,8 +24,11 @@ from atlas_kernels.layout import TILE
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FORMS = ("plain", "offset", "sliced", "transposed", "expanded")
 # Backends that run on CPU tensors; triton does so in its interpreter, at 2-5 ms per program.
-CPU_BACKENDS = ("torch", "cpp", "triton")
-EXAMPLES = {"torch": 60, "cpp": 120, "triton": 8}
+CPU_BACKENDS = ("torch", "cpp", *(on_gpu.BACKENDS if on_gpu.ENABLED else ("triton",)))
+# Those whose time per element makes tests small, and those that may fuse a product and a sum.
+INTERPRETED = () if on_gpu.ENABLED else ("triton",)
+FUSED = ("triton", "cuda")
+EXAMPLES = {"torch": 60, "cpp": 120, "triton": 40 if on_gpu.ENABLED else 8, "cuda": 120}
 
 Shape = tuple[int, ...]
 

@@ -96,16 +96,28 @@ def test_auto_is_silent_when_the_best_is_there(
     assert caplog.records == []
 
 
-def test_auto_on_a_gpu_prefers_triton_then_cuda(
+def test_auto_on_a_gpu_prefers_cuda_then_triton(
     backends_here: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     backends_here["triton"] = stand_in(None, ("cuda",))
     backends_here["cuda"] = stand_in(None, ("cuda",))
-    assert module.resolve("auto", "cuda", False) == "triton"
-    module._automatic.cache_clear(), module._unavailable.cache_clear()
-    backends_here["triton"] = stand_in("Triton is not installed")
     assert module.resolve("auto", "cuda", False) == "cuda"
-    assert "Triton is not installed" in caplog.text
+    assert caplog.records == []
+    module._automatic.cache_clear(), module._unavailable.cache_clear()
+    backends_here["cuda"] = stand_in("the CUDA extension is not built")
+    assert module.resolve("auto", "cuda", False) == "triton"
+    assert "the CUDA extension is not built" in caplog.text
+
+
+def test_auto_on_rocm_does_not_ask_for_cuda(
+    backends_here: dict[str, Any],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    backends_here["triton"] = stand_in(None, ("cuda",))
+    assert module.resolve("auto", "cuda", False) == "triton"
+    assert caplog.records == []
 
 
 def test_float64_only_on_torch(backends_here: dict[str, Any]) -> None:

@@ -5,6 +5,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from strategies import (
+    FUSED,
+    INTERPRETED,
     cases,
     float32_sum,
     float64_sum,
@@ -73,7 +75,7 @@ def expect_composed(
 
 @on_each_backend
 def test_compose_against_float64(backend: str) -> None:
-    size = (TILE + 20, 3) if backend == "triton" else (3 * TILE, 4)
+    size = (TILE + 20, 3) if backend in INTERPRETED else (3 * TILE, 4)
 
     @for_examples(backend, cases(*size))
     def check(case: Any) -> None:
@@ -93,7 +95,7 @@ def test_compose_against_float64(backend: str) -> None:
         composed = bank.compose(coef, backend=backend)
         per_block = case.per_block[:, columns]
         expect_composed(
-            composed, base, vectors, per_block, bank.blocks, dtype, exact=backend != "triton"
+            composed, base, vectors, per_block, bank.blocks, dtype, exact=backend not in FUSED
         )
         if not bank.blocks:
             return
@@ -487,7 +489,7 @@ def test_save_and_load(backend: str, mmap: bool, tmp_path: Path) -> None:
     coef = torch.randn(2, len(bank.blocks), requires_grad=True)
     expected, composed = bank.compose(coef), loaded.compose(coef, backend=backend)
     for block in bank.blocks:
-        if backend == "triton":
+        if backend in FUSED:
             assert torch.allclose(composed[block], expected[block], rtol=1e-3, atol=1e-3)
         else:
             assert same_bits(composed[block], expected[block])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import for_examples, on_each_backend, same_bits
+from strategies import FUSED, for_examples, on_each_backend, same_bits
 from tolerances import EPS, dot_error
 from torch import Tensor
 
@@ -221,7 +221,7 @@ def test_composition_and_gradient_against_float64(
 @on_each_backend
 def test_reference_is_met_bit_for_bit_where_it_is_promised(backend: str) -> None:
     """`cpp` rounds as the reference does; a GPU fuses multiply and add, and so may not."""
-    if backend == "triton":
+    if backend in FUSED:
         pytest.skip("fused multiply-add")
     strategy = st.tuples(
         st.sampled_from(PACKED),

@@ -10,6 +10,8 @@ import torch
 from hypothesis import strategies as st
 from strategies import (
     DTYPES,
+    FUSED,
+    INTERPRETED,
     Case,
     cases,
     float32_sum,
@@ -39,7 +41,7 @@ from atlas_kernels.partition import tile_keys
 
 def small(backend: str, most: int = 4) -> st.SearchStrategy[Case]:
     """Cases of a size that the backend computes in milliseconds."""
-    return cases(TILE + 20, min(most, 3)) if backend == "triton" else cases(3 * TILE, most)
+    return cases(TILE + 20, min(most, 3)) if backend in INTERPRETED else cases(3 * TILE, most)
 
 
 @on_each_backend
@@ -55,7 +57,7 @@ def test_values(backend: str) -> None:
             error = (result.double() - float64_sum(*column)).abs()
             assert (error <= compose_error(*column)).all(), (b, error.max())
             # The same by definition: no fused multiply-add, in the order of i, rounded at the end.
-            if backend != "triton":
+            if backend not in FUSED:
                 assert same_bits(result, float32_sum(*column)), b
             assert result.shape == case.base[b].shape
             assert result.dtype == case.base[b].dtype
@@ -136,7 +138,7 @@ def test_unused_outputs_and_gradients_nobody_asked_for(backend: str) -> None:
 
 @on_each_backend
 def test_many_vectors_and_blocks(backend: str) -> None:
-    vectors, blocks = (5, 6) if backend == "triton" else (40, 60)
+    vectors, blocks = (5, 6) if backend in INTERPRETED else (40, 60)
     base = [torch.randn(b % 50) for b in range(blocks)]
     deltas = [[torch.randn_like(block) for block in base] for _ in range(vectors)]
     coef = torch.randn(vectors, blocks, requires_grad=True)
@@ -350,7 +352,7 @@ def bank_arguments(base: list[Tensor], deltas: list[list[Tensor]]) -> tuple[Tens
 
 def forms(backend: str) -> Iterator[tuple[str, Callable[[Tensor], Any], Tensor]]:
     """List and bank form as functions of coef that return the same blocks."""
-    base, deltas, coef = simple(40 if backend == "triton" else TILE + 5)
+    base, deltas, coef = simple(40 if backend in INTERPRETED else TILE + 5)
     flat_base, flat_deltas, layout = bank_arguments(base, deltas)
     yield "list", lambda coef: ak.compose(base, deltas, coef, backend=backend), coef
     yield (

@@ -1004,6 +1004,22 @@ def test_built_but_no_gpu(monkeypatch, broken_binary):
     assert "sees no GPU" in cuda.unavailable()
 
 
+def test_built_for_other_gpus(monkeypatch, broken_binary):
+    class Library:
+        def atlas_kernels_cuda_error():
+            return b"no kernel image is available for execution on the device"
+
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA T4")
+    monkeypatch.setattr(torch.ops, "load_library", lambda path: None)
+    monkeypatch.setattr(cuda.ctypes, "CDLL", lambda path: Library)
+    reason = cuda.unavailable()
+    assert "does not run on NVIDIA T4" in reason
+    assert "no kernel image is available" in reason
+    assert "TORCH_CUDA_ARCH_LIST" in reason
+
+
 def test_does_not_load(monkeypatch, broken_binary):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

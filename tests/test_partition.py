@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import need, same_bits, shapes
+from strategies import CPU_BACKENDS, INTERPRETED, need, same_bits, shapes
 from tolerances import compose_error, dot_error
 from torch import Tensor
 
@@ -19,7 +19,8 @@ from atlas_kernels.layout import CHUNK_TILES, TILE, Layout
 from atlas_kernels.partition import group_of, group_sums, slots, tile_keys
 from atlas_kernels.reference import partition_coef_grad, partition_compose
 
-BACKENDS = ("torch", "cpp")
+# In the interpreter these would take minutes; test_triton has smaller ones.
+BACKENDS = tuple(backend for backend in CPU_BACKENDS if backend not in INTERPRETED)
 GROUPS = (1, 2, 5, 80, 1200, 4095, 4096)
 
 

@@ -24,6 +24,7 @@ from atlas_kernels.backends import triton as backend
 from atlas_kernels.codecs import CODECS, Codec, Packed
 from atlas_kernels.codecs.packed import GROUP, levels
 from atlas_kernels.layout import CHUNK_TILES, TILE, Layout, pieces
+from atlas_kernels.ops import ABSENT
 
 pytestmark = pytest.mark.skipif(
     backend.unavailable() is not None or "cpu" not in backend.devices(),
@@ -114,7 +115,7 @@ def lists(
     for k in range(count * len(SHAPES)):
         b = k % len(SHAPES)
         if k % 7 == 5:
-            deltas.append(torch.empty(0))
+            deltas.append(torch.empty(ABSENT))
         else:
             dtype = delta or DTYPES[(k // 2) % 3]
             deltas.append(make(SHAPES[b], dtype, form, random, scale=0.1))
@@ -490,11 +491,15 @@ def test_launch_configuration(architecture: str, count: int) -> None:
         assert launch.unroll == (count if count <= 8 else 0)
     assert config.BACKWARD.tile == TILE
     # Four of the words that eight planes have in common, in 128 bits per thread.
-    packed = config.packed(architecture)
-    assert packed.tile == TILE == 4 * 8 * lanes * packed.num_warps
+    for bits in (1, 2, 3, 4, 8):
+        packed = config.packed(architecture, bits)
+        assert packed.tile == TILE == 4 * 8 * lanes * packed.num_warps
+        assert packed.unroll == (4 if bits != 3 and lanes == 32 else 1)
     # Eight slots, or bfloat16 values in 128 bits, per thread.
     split = config.partition(architecture)
     assert split.tile == TILE == 8 * lanes * split.num_warps
+    dense = config.partition(architecture, dense_forward=True)
+    assert dense.num_warps == split.num_warps // (2 if lanes == 32 else 1)
 
 
 # ---- tables -------------------------------------------------------------------------------------

@@ -11,12 +11,17 @@ import importlib
 import logging
 from typing import Protocol, cast
 
+import torch.version as torch_version
+
 from ..ops import BACKENDS
 
 _log = logging.getLogger("atlas_kernels")
 
-# What "auto" tries for a device, best first; "torch" serves every other device, and float64.
-_PREFERENCE = {"cpu": ("cpp", "torch"), "cuda": ("triton", "cuda", "torch")}
+# What "auto" tries for a device, best first; "torch" serves every other device, and float64. On an
+# H200 the CUDA extension took 0.4 of Triton's time for lists, and 0.5 to 1.08 for banks.
+_PREFERENCE = {"cpu": ("cpp", "torch"), "cuda": ("cuda", "triton", "torch")}
+# PyTorch calls these GPUs "cuda" as well.
+_ROCM_PREFERENCE = ("triton", "torch")
 
 
 class Backend(Protocol):
@@ -86,6 +91,8 @@ resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 @functools.cache
 def _automatic(device_type: str, float64: bool) -> str:
     preference = ("torch",) if float64 else _PREFERENCE.get(device_type, ("torch",))
+    if torch_version.hip and "cuda" in preference:
+        preference = _ROCM_PREFERENCE
     reasons = []
     for name in preference:
         reason = _unavailable(name)

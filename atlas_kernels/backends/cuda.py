@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 from pathlib import Path
 
@@ -50,5 +51,14 @@ def _load() -> str | None:
         return (
             f"the CUDA extension does not load into PyTorch {torch.__version__}, which must be "
             f"2.11 or later ({reason}): rebuild it with {_REBUILD} in the checkout"
+        )
+    find_error = ctypes.CDLL(str(_BINARY)).atlas_kernels_cuda_error
+    find_error.restype = ctypes.c_char_p
+    words = find_error()
+    if words is not None:
+        return (
+            f"the CUDA extension does not run on {torch.cuda.get_device_name()} with its driver "
+            f"({words.decode()}): rebuild it with {_REBUILD} in the checkout, by a CUDA toolkit no "
+            "newer than the driver, and with the GPU's compute capability in TORCH_CUDA_ARCH_LIST"
         )
     return None

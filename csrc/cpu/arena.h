@@ -21,7 +21,7 @@ class Arena {
       : num_vectors_(num_vectors),
         tiles_(tile_offset.numel() - 1),
         wide_(wide.data()),
-        dtype_(wide.dtype()),
+        dtype_(wide.dtype<DType>()),
         offset_(tile_offset.const_data_ptr<int64_t>()) {
     STD_TORCH_CHECK(wide.is_contiguous() && tile_offset.is_contiguous(),
                     "arenas and tables must be contiguous");

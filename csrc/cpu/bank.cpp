@@ -10,7 +10,7 @@ namespace {
 class Deltas {
  public:
   Deltas(TensorRef deltas, int64_t num_vectors, int64_t numel)
-      : data_(deltas.data()), dtype_(deltas.dtype()), rows_(num_vectors) {
+      : data_(deltas.data()), dtype_(deltas.dtype<DType>()), rows_(num_vectors) {
     STD_TORCH_CHECK(deltas.is_contiguous(), "arenas and tables must be contiguous");
     STD_TORCH_CHECK(deltas.numel() == num_vectors * numel,
                     "expected deltas of shape [N * P] for arenas of shape [P]");

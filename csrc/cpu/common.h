@@ -9,7 +9,8 @@
 #include <cstdint>
 #include <vector>
 
-#include "tensors.h"
+#include "../tensors.h"
+#include "kernels.h"
 
 namespace atlas {
 

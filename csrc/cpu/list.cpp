@@ -41,14 +41,8 @@ struct Arguments {
     }
   }
 
-  // The same as ABSENT in atlas_kernels/ops.py.
-  static bool is_absent(IntHeaderOnlyArrayRef shape) {
-    return shape.size() == 8 &&
-           std::all_of(shape.begin(), shape.end(), [](int64_t n) { return n == 0; });
-  }
-
   static View view(TensorRef tensor) {
-    return {tensor.data(), tensor.numel(), tensor.dtype(), tensor.is_contiguous()};
+    return {tensor.data(), tensor.numel(), tensor.dtype<DType>(), tensor.is_contiguous()};
   }
 
   TensorList wide, deltas;

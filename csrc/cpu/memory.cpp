@@ -5,6 +5,8 @@
 #include <unordered_map>
 #include <vector>
 
+#include "kernels.h"
+
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -83,7 +85,7 @@ Pool& pool() {
 void expect_outputs(int64_t bytes) { pool().expect(bytes); }
 
 Tensor empty_output(TensorRef like) {
-  const int64_t bytes = like.numel() * size_of(like.dtype());
+  const int64_t bytes = like.numel() * size_of(like.dtype<DType>());
   const IntHeaderOnlyArrayRef sizes = like.sizes();
   if (bytes < kLarge) return new_empty(like, sizes, like.dtype_code());
   std::vector<int64_t> strides(sizes.size());

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "tensors.h"
+#include "../tensors.h"
 
 namespace atlas {
 

@@ -24,7 +24,7 @@ class Stored {
     STD_TORCH_CHECK(dense.numel() == num_vectors * numel,
                     "expected deltas of shape [N * P] for arenas of shape [P]");
     data_ = dense.data();
-    dtype_ = dense.dtype();
+    dtype_ = dense.dtype<DType>();
   }
 
   int64_t unit() const { return packed_ ? packed_->unit() : kLanes; }

@@ -389,3 +389,14 @@ cudaError_t coef_grad(const List& list, float* partials, float* coef_grad, cudaS
 }
 
 }  // namespace atlas_kernels
+
+// What keeps the current GPU from running this binary, in CUDA's words; null if nothing does. Its
+// driver may be older than the toolkit that built it, or its architecture not among those it has.
+extern "C" __attribute__((visibility("default"))) const char* atlas_kernels_cuda_error() {
+  cudaFuncAttributes attributes;
+  const cudaError_t error = cudaFuncGetAttributes(
+      &attributes, reinterpret_cast<const void*>(atlas_kernels::bank_total_kernel));
+  if (error == cudaSuccess) return nullptr;
+  static_cast<void>(cudaGetLastError());  // or the next caller finds it
+  return cudaGetErrorString(error);
+}

@@ -14,10 +14,13 @@
 #include <optional>
 #include <vector>
 
+#include "../tensors.h"
 #include "kernels.h"
 
 namespace {
 
+using atlas::TensorList;
+using atlas::TensorRef;
 using atlas_kernels::Bank;
 using atlas_kernels::Chunks;
 using atlas_kernels::Dtype;
@@ -26,6 +29,7 @@ using atlas_kernels::Operand;
 using atlas_kernels::PackedBank;
 using atlas_kernels::Partition;
 using atlas_kernels::Tiling;
+using torch::headeronly::IntHeaderOnlyArrayRef;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
@@ -270,27 +274,28 @@ Tensor partition_coef_grad(Tensor grad, Tensor deltas, std::optional<Tensor> sca
 // memory that is freed afterwards is reused in the stream's order.
 class Operands {
  public:
-  Operands(const std::vector<Tensor>& source, const std::vector<Tensor>& deltas,
-           int64_t num_vectors, int32_t device)
-      : num_vectors_(num_vectors) {
-    STD_TORCH_CHECK(deltas.size() == source.size() * num_vectors,
+  Operands(const TensorList& source, const TensorList& deltas)
+      : device_(source[0].device_index()), num_vectors_(deltas.size() / source.size()) {
+    STD_TORCH_CHECK(deltas.size() == source.size() * num_vectors_,
                     "deltas must hold one tensor per vector and block");
     source_.reserve(source.size());
     deltas_.reserve(deltas.size());
-    for (const Tensor& block : source) {
-      numel_.push_back(block.numel());
-      source_.push_back(operand(block, device, "every block"));
+    std::vector<IntHeaderOnlyArrayRef> shapes;
+    for (int64_t b = 0; b < source.size(); ++b) {
+      numel_.push_back(source[b].numel());
+      shapes.push_back(source[b].sizes());
+      source_.push_back(operand(source[b]));
     }
-    for (size_t index = 0; index < deltas.size(); ++index) {
-      const Tensor& delta = deltas[index];
-      const int64_t numel = delta.numel();
-      if (numel == 0) {
-        deltas_.push_back({nullptr, Dtype::kFloat32});
-        continue;
-      }
-      STD_TORCH_CHECK(numel == numel_[index % source.size()],
-                      "every delta must have as many elements as its block, or none");
-      deltas_.push_back(operand(delta, device, "every delta"));
+    // In the order of the list, in which tensors are likely to lie in memory.
+    for (int64_t index = 0; index < deltas.size(); ++index) {
+      const TensorRef delta = deltas[index];
+      const IntHeaderOnlyArrayRef shape = delta.sizes();
+      const int64_t b = index % source.size();
+      STD_TORCH_CHECK(shape.equals(shapes[b]) || atlas::is_absent(shape),
+                      "a delta must have the shape of its block");
+      const Operand found = operand(delta);
+      deltas_.push_back(
+          numel_[b] == 0 || atlas::is_absent(shape) ? Operand{nullptr, Dtype::kFloat32} : found);
     }
   }
 
@@ -300,14 +305,17 @@ class Operands {
   }
 
  private:
-  Operand operand(const Tensor& tensor, int32_t device, const char* name) {
-    check_device(tensor, device, name);
-    const Dtype dtype = dtype_of(tensor, name);
-    if (tensor.is_contiguous()) return {tensor.const_data_ptr(), dtype};
-    copies_.push_back(torch::stable::contiguous(tensor));
+  Operand operand(TensorRef tensor) {
+    static const int32_t cuda = aoti_torch_device_type_cuda();
+    STD_TORCH_CHECK(tensor.device_type() == cuda && tensor.device_index() == device_,
+                    "all tensors must be on cuda:", device_);
+    const Dtype dtype = tensor.dtype<Dtype>();
+    if (tensor.is_contiguous()) return {tensor.data(), dtype};
+    copies_.push_back(tensor.contiguous());
     return {copies_.back().const_data_ptr(), dtype};
   }
 
+  int32_t device_;
   int64_t num_vectors_;
   std::vector<Operand> source_;
   std::vector<int64_t> numel_;
@@ -315,27 +323,30 @@ class Operands {
   std::vector<Tensor> copies_;
 };
 
-std::vector<Tensor> compose(std::vector<Tensor> base, std::vector<Tensor> deltas, Tensor coef) {
-  if (base.empty()) return {};
-  const int32_t device = base[0].get_device_index();
+std::vector<Tensor> compose(StableListHandle base_list, StableListHandle delta_list,
+                            const Tensor& coef) {
+  const TensorList base(base_list);
+  const TensorList deltas(delta_list);
+  STD_TORCH_CHECK(base.size() > 0, "compose takes at least one block");
+  const int32_t device = base[0].device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   const Tensor factors = check_coef(coef, device);
-  STD_TORCH_CHECK(factors.size(1) == static_cast<int64_t>(base.size()),
-                  "coef must have one column per block");
-  const Operands operands(base, deltas, factors.size(0), device);
+  STD_TORCH_CHECK(factors.size(1) == base.size() && factors.size(0) * base.size() == deltas.size(),
+                  "coef must have one row per vector and one column per block");
+  const Operands operands(base, deltas);
 
   std::vector<Tensor> composed;
   std::vector<void*> targets;
   composed.reserve(base.size());
   targets.reserve(base.size());
-  for (const Tensor& block : base) {
-    composed.push_back(torch::stable::new_empty(block, block.sizes()));
+  for (int64_t b = 0; b < base.size(); ++b) {
+    composed.push_back(atlas::new_empty(base[b], base[b].sizes(), base[b].dtype_code()));
     targets.push_back(composed.back().mutable_data_ptr());
   }
   const List list = operands.list();
   std::optional<Tensor> scratch;
   if (const int64_t count = atlas_kernels::compose_scratch(list); count > 0) {
-    scratch = torch::stable::new_empty(base[0], {count}, ScalarType::Float);
+    scratch = atlas::new_empty(base[0], {count}, aoti_torch_dtype_float32());
   }
   STD_CUDA_CHECK(atlas_kernels::compose(list, floats(factors), targets.data(),
                                         scratch ? floats(*scratch) : nullptr,
@@ -343,18 +354,19 @@ std::vector<Tensor> compose(std::vector<Tensor> base, std::vector<Tensor> deltas
   return composed;
 }
 
-Tensor coef_grad(std::vector<Tensor> grads, std::vector<Tensor> deltas, ScalarType dtype) {
+Tensor coef_grad(StableListHandle grad_list, StableListHandle delta_list, ScalarType dtype) {
+  const TensorList grads(grad_list);
+  const TensorList deltas(delta_list);
   check_result(dtype);
-  STD_TORCH_CHECK(!grads.empty(), "coef_grad takes at least one block");
-  const int64_t num_blocks = static_cast<int64_t>(grads.size());
-  const int64_t num_vectors = static_cast<int64_t>(deltas.size()) / num_blocks;
-  const int32_t device = grads[0].get_device_index();
+  STD_TORCH_CHECK(grads.size() > 0, "coef_grad takes at least one block");
+  const int32_t device = grads[0].device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
-  const Operands operands(grads, deltas, num_vectors, device);
+  const Operands operands(grads, deltas);
   const List list = operands.list();
-  const Tensor partials = torch::stable::new_empty(
-      grads[0], {atlas_kernels::coef_grad_scratch(list)}, ScalarType::Float);
-  Tensor result = torch::stable::new_empty(grads[0], {num_vectors, num_blocks}, ScalarType::Float);
+  const int32_t float32 = aoti_torch_dtype_float32();
+  const Tensor partials =
+      atlas::new_empty(grads[0], {atlas_kernels::coef_grad_scratch(list)}, float32);
+  Tensor result = atlas::new_empty(grads[0], {list.num_vectors, list.num_blocks}, float32);
   STD_CUDA_CHECK(
       atlas_kernels::coef_grad(list, floats(partials), floats(result), current_stream(device)));
   return result;

@@ -1,6 +1,7 @@
 """Launch configurations: data, chosen by pure functions of dtypes, N and architecture.
 
-All were chosen from generated code (registers, instructions, load widths); none is timed yet.
+Chosen from generated code (registers, instructions, load widths), and by `bench.launches` on an
+H200; no other GPU has timed them.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ class Launch:
     Attributes:
         tile: elements per program, a divisor of `layout.TILE`.
         num_warps: warps per program.
-        unroll: N for a kernel compiled for this N, 0 for one with N as a run-time argument.
+        unroll: N for a kernel compiled for this N, 0 for one with N as a run-time argument. Of
+            packed deltas: vectors whose loads are in flight together.
     """
 
     tile: int
@@ -54,23 +56,28 @@ def forward(dtypes: tuple[torch.dtype, ...], num_vectors: int, architecture: str
     return Launch(tile, num_warps, unroll)
 
 
-def packed(architecture: str) -> Launch:
-    """The launch of either direction of packed deltas, whatever their bits and number.
+def packed(architecture: str, bits: int) -> Launch:
+    """The launch of either direction of packed deltas, whatever their number.
 
     128 threads for a storage tile: each then has four words side by side, one 128-bit load, of
-    eight planes: 32 elements in 47 to 75 registers. Twice as many took 94 to 128 on sm_90, for at
-    most 7 % fewer instructions.
+    eight planes: 32 elements in 56 to 80 registers. Twice as many took 94 to 128 on sm_90, for at
+    most 7 % fewer instructions. Four vectors at a time took 0.85 to 0.87 of the time of one on an
+    H200, but 1.07 for three bits, whose fields take more registers; for gfx942 the code has 1.4
+    times the instructions.
     """
-    return Launch(TILE, 128 // _lanes(architecture), 0)
+    lanes = _lanes(architecture)
+    return Launch(TILE, 128 // lanes, 4 if lanes == 32 and bits != 3 else 1)
 
 
-def partition(architecture: str) -> Launch:
+def partition(architecture: str, dense_forward: bool = False) -> Launch:
     """The launch of either direction of partitioned coefficients, of any codec.
 
     512 threads for a storage tile: each then has eight slots, and at most 64 registers on NVIDIA.
-    Half as many threads took up to 127 and spilled, for a sixth fewer instructions per element.
+    Half as many threads took up to 127 and spilled, for a sixth fewer instructions per element; but
+    the composition of floating-point deltas, with 64 at most, then takes 0.8 of the time (H200).
     """
-    return Launch(TILE, 512 // _lanes(architecture), 0)
+    lanes = _lanes(architecture)
+    return Launch(TILE, (256 if dense_forward and lanes == 32 else 512) // lanes, 0)
 
 
 def _lanes(architecture: str) -> int:

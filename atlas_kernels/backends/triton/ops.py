@@ -15,7 +15,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import accumulate
-from operator import or_
+from operator import attrgetter, or_
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...layout import TILE
+from ...ops import ABSENT
 from . import config, kernels, packed, partition
 
 _TRITON = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -32,6 +33,9 @@ _CODE = {
     torch.bfloat16: kernels.BFLOAT16.value,
     torch.float16: kernels.FLOAT16.value,
 }
+# Thousands of tensors are asked at a time, by what does not interpret a line for each.
+_dtype_of = attrgetter("dtype")
+_shape_of = attrgetter("shape")
 # Partial sums added side by side; part of the result's definition, like the tile.
 _LANES = 512
 # Tables kept; a table of 21 vectors by 152 blocks is 27 KB.
@@ -92,12 +96,13 @@ def packed_compose(
     out = torch.empty_like(base)
     num_vectors, num_blocks = coef.shape
     num_tiles = tile_block.numel()
-    launch = config.packed(_architecture(base.device))
+    launch = config.packed(_architecture(base.device), bits)
     if num_tiles:
         with _on(base.device):
             packed.packed_compose_kernel[(num_tiles,)](
                 base, words, scales, coef.contiguous(), tile_block, tile_offset, out,
-                num_vectors, num_blocks, bits, launch.tile, num_warps=launch.num_warps,
+                num_vectors, num_blocks, bits, launch.tile, launch.unroll,
+                num_warps=launch.num_warps,
             )  # fmt: skip
     return out
 
@@ -116,7 +121,7 @@ def packed_coef_grad(
     """`reference.packed_coef_grad` in two launches."""
     num_tiles = tile_block.numel()
     part = torch.empty((num_vectors, num_tiles), dtype=torch.float32, device=grad.device)
-    launch = config.packed(_architecture(grad.device))
+    launch = config.packed(_architecture(grad.device), bits)
     if part.numel():
         with _on(grad.device):
             packed.packed_partial_kernel[(num_tiles,)](
@@ -140,7 +145,7 @@ def partition_compose(
     out = torch.empty_like(base)
     num_vectors, num_blocks, groups = coef.shape
     num_tiles = tile_block.numel()
-    launch = config.partition(_architecture(base.device))
+    launch = config.partition(_architecture(base.device), dense_forward=not bits)
     if num_tiles:
         with _on(base.device):
             partition.partition_compose_kernel[(num_tiles,)](
@@ -190,13 +195,14 @@ def partition_coef_grad(
 def compose(base: Sequence[Tensor], deltas: Sequence[Tensor], coef: Tensor) -> list[Tensor]:
     """`reference.compose` in one launch."""
     out = [torch.empty_like(block, memory_format=torch.contiguous_format) for block in base]
+    _check(base, deltas)
     if not any(block.numel() for block in base):
         return out
     num_vectors, num_blocks = coef.shape
     base, deltas = _contiguous(base), _contiguous(deltas)
     base_dtype, delta_dtype = _common_dtype(base), _common_dtype(deltas)
     device = base[0].device
-    dtypes = tuple({tensor.dtype for tensor in (*base, *deltas)})
+    dtypes = (*set(map(_dtype_of, base)), *set(map(_dtype_of, deltas)))
     launch = config.forward(dtypes, num_vectors, _architecture(device))
     with _on(device):
         numel, block_tile, tile_block = _tiles(base, launch.tile)
@@ -249,6 +255,24 @@ def _sum_tiles(part: Tensor, block_tile: Tensor, dtype: torch.dtype) -> Tensor:
     return result.to(dtype)
 
 
+def _check(base: Sequence[Tensor], deltas: Sequence[Tensor]) -> None:
+    """Raises unless the kernels can compose these, by as few steps of Python as may be.
+
+    `compose.check` finds the words.
+    """
+    if not _CODE.keys() >= {*map(_dtype_of, base), *map(_dtype_of, deltas)}:
+        raise TypeError("expected float32, bfloat16 or float16")
+    if set(map(Tensor.get_device, deltas)) - {base[0].get_device()}:
+        raise ValueError("deltas are on another device")
+    shapes = list(map(_shape_of, base))
+    for first in range(0, len(deltas), len(base)):
+        found = list(map(_shape_of, deltas[first : first + len(base)]))
+        if found != shapes and any(
+            its not in (shape, ABSENT) for its, shape in zip(found, shapes, strict=True)
+        ):
+            raise ValueError("a delta must have the shape of its block")
+
+
 def _contiguous(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
     if all(map(Tensor.is_contiguous, tensors)):
         return tensors
@@ -257,7 +281,7 @@ def _contiguous(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
 
 def _common_dtype(tensors: Sequence[Tensor]) -> Any:
     """The Triton dtype of all tensors that have elements; None if they differ."""
-    dtypes = {tensor.dtype for tensor in tensors}
+    dtypes = set(map(_dtype_of, tensors))
     if len(dtypes) > 1:
         # A placeholder for an absent delta may have another dtype than the deltas.
         dtypes = {tensor.dtype for tensor in tensors if tensor.numel()}

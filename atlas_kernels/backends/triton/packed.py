@@ -122,6 +122,7 @@ def packed_compose_kernel(
     num_blocks,
     BITS: tl.constexpr,
     TILE: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
     """`out = base + sum_i (coef[i, block] * scale_i) * level_i` on one storage tile of TILE.
 
@@ -141,7 +142,7 @@ def packed_compose_kernel(
     row = _words_of(length, BITS)
     stride = num_blocks.to(tl.int64)
     b_acc = _planes(p_base + start, m)
-    for i in range(num_vectors):
+    for i in tl.range(0, num_vectors, loop_unroll_factor=UNROLL):
         b_levels = _levels(p_words + i * row, m, BITS)
         b_scale = tl.load(p_scales + i * groups + o_group, mask=m_group, other=0)
         b_factor = (tl.load(p_coef + i * stride) * b_scale.to(tl.float32))[:, None]
@@ -153,6 +154,23 @@ def packed_compose_kernel(
     for k in tl.static_range(PLANES):
         b_out = _narrowed(b_acc[k], p_out.dtype.element_ty)
         tl.store(p_out + start + o + k * WORDS, b_out, mask=m)
+
+
+@triton.jit
+def _dots(b_grad, p_words, p_scales, m_group, BITS: tl.constexpr):
+    """`scale * <grad, level>` of every group of a vector's tile, 0 unless m: float32 [GROUPS]."""
+    b_levels = _levels(p_words, m_group[:, None], BITS)
+    b_dot = b_grad[0] * b_levels[0]
+    for k in tl.static_range(1, PLANES):
+        b_dot += b_grad[k] * b_levels[k]
+    o_group = tl.arange(0, m_group.shape[0])  # [GROUPS]
+    b_scale = tl.load(p_scales + o_group, mask=m_group, other=0)
+    return tl.sum(b_dot, axis=1) * b_scale.to(tl.float32)
+
+
+@triton.jit
+def _sums_of_4(a0, a1, a2, a3, b0, b1, b2, b3):
+    return a0 + b0, a1 + b1, a2 + b2, a3 + b3
 
 
 @triton.jit(do_not_specialize=["num_vectors", "num_tiles"])
@@ -169,7 +187,8 @@ def packed_partial_kernel(
 ):
     """`part[i, t] = sum_groups scale_i * <grad, level_i>` on storage tile t of TILE.
 
-    part [N, T] float32; all else as above with grad for base; grid (T,).
+    part [N, T] float32; all else as above with grad for base; grid (T,). Four vectors are summed at
+    a time, so that they share the barriers of a sum over warps.
     """
     i_t = tl.program_id(0)
     start = tl.multiple_of(tl.load(p_tile_offset + i_t), 16)
@@ -184,11 +203,15 @@ def packed_partial_kernel(
     row = _words_of(length, BITS)
     stride = num_tiles.to(tl.int64)
     b_grad = _planes(p_grad + start, m)
-    for i in range(num_vectors):
-        b_levels = _levels(p_words + i * row, m, BITS)
-        b_dot = b_grad[0] * b_levels[0]
-        for k in tl.static_range(1, PLANES):
-            b_dot += b_grad[k] * b_levels[k]
-        b_scale = tl.load(p_scales + i * groups + o_group, mask=m_group, other=0)
-        b_sums = tl.sum(b_dot, axis=1) * b_scale.to(tl.float32)  # [GROUPS]
-        tl.store(p_part + i * stride, tl.sum(b_sums, axis=0))
+    fours = num_vectors & -4
+    for first in range(0, fours, 4):
+        b_dots = ()
+        for k in tl.static_range(4):
+            p_row, p_scale = p_words + (first + k) * row, p_scales + (first + k) * groups
+            b_dots = b_dots + (_dots(b_grad, p_row, p_scale, m_group, BITS),)
+        b_sums = tl.reduce(b_dots, 0, _sums_of_4)
+        for k in tl.static_range(4):
+            tl.store(p_part + (first + k) * stride, b_sums[k])
+    for i in range(fours, num_vectors):
+        b_dots = _dots(b_grad, p_words + i * row, p_scales + i * groups, m_group, BITS)
+        tl.store(p_part + i * stride, tl.sum(b_dots, axis=0))

@@ -6,10 +6,9 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <vector>
-
-#include "kernels.h"
 
 namespace atlas {
 
@@ -51,6 +50,8 @@ class TensorRef {
     return code;
   }
 
+  // `DType` counts float32, bfloat16, float16.
+  template <class DType>
   DType dtype() const {
     static const int32_t codes[] = {aoti_torch_dtype_float32(), aoti_torch_dtype_bfloat16(),
                                     aoti_torch_dtype_float16()};
@@ -65,6 +66,18 @@ class TensorRef {
     const void* data;
     STABLE_TORCH_ERROR_CODE_CHECK(torch_get_const_data_ptr(handle_, &data));
     return static_cast<const char*>(data);
+  }
+
+  int32_t device_index() const {
+    int32_t index;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(handle_, &index));
+    return index;
+  }
+
+  int32_t device_type() const {
+    int32_t type;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(handle_, &type));
+    return type;
   }
 
   Tensor contiguous() const {
@@ -103,6 +116,12 @@ class TensorList {
  private:
   std::vector<AtenTensorHandle> handles_;
 };
+
+// Whether this is the shape of ABSENT in atlas_kernels/ops.py.
+inline bool is_absent(IntHeaderOnlyArrayRef shape) {
+  return shape.size() == 8 &&
+         std::all_of(shape.begin(), shape.end(), [](int64_t n) { return n == 0; });
+}
 
 // An uninitialised contiguous tensor on the device of `like`.
 inline Tensor new_empty(TensorRef like, IntHeaderOnlyArrayRef sizes, int32_t dtype_code) {
