@@ -165,8 +165,8 @@ def nvidia_code(cubin: bytes) -> Code:
         file.write(cubin)
         file.flush()
         usage, sass = (
-            subprocess.run([tools / tool, flag, file.name], capture_output=True, text=True).stdout
-            for tool, flag in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
+            subprocess.run([tools / tool, *flags, file.name], capture_output=True, text=True).stdout
+            for tool, flags in (("cuobjdump", ["-res-usage"]), ("nvdisasm", ["-c", "-ndf"]))
         )
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()  # type: ignore[union-attr]
     names = re.findall(r"\*/\s+(?:@!?U?P\w+\s+)?((?:LDG|STG|LDL|STL|LD|ST)(?:\.\S+)?)\s", sass)
