@@ -137,5 +137,8 @@ if CUDA_SOURCES and os.environ.get("ATLAS_KERNELS_CUDA", "1" if cuda_is_usable()
 setup(
     ext_modules=extensions,
     cmdclass={"build_ext": Build},
-    options={"bdist_wheel": {"py_limited_api": "cp310"}} if extensions else {},
+    options={
+        "build_ext": {"parallel": True},
+        **({"bdist_wheel": {"py_limited_api": "cp310"}} if extensions else {}),
+    },
 )
