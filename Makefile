@@ -4,6 +4,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 OLDER := .venv/older/bin
 READY := .venv/.ready
+# What is imported is compiled then: most of PyTorch never is.
+PIP := pip install --quiet --no-compile
+# By files: what a module's tests share is made once.
+PARALLEL := -n logical --maxprocesses 4 --dist loadfile
 NATIVE := $(wildcard csrc/*.h csrc/*/*)
 CXX_SOURCES := $(NATIVE) $(wildcard tests/cuda_shim/* tests/cpu_sanitize/*)
 
@@ -24,25 +28,25 @@ $(READY): pyproject.toml setup.py constraints.txt $(NATIVE)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo "Python 3.10 or later is needed: make PYTHON=python3.12 ..." >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet -c constraints.txt torch 'setuptools>=77' wheel
-	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[dev]'
+	$(BIN)/python -m $(PIP) -c constraints.txt torch 'setuptools>=77' wheel
+	$(BIN)/python -m $(PIP) -c constraints.txt --no-build-isolation -e '.[dev]'
 	touch $@
 
 demo: $(READY)
 	$(BIN)/atlas-kernels demo
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 # One binary serves several versions of PyTorch: this one runs what was built on the newest.
 compatibility: $(READY)
 	test -x $(OLDER)/python || $(PYTHON) -m venv .venv/older
-	$(OLDER)/python -m pip install --quiet torch==2.13.0 hypothesis numpy pytest rich safetensors tqdm
-	ATLAS_KERNELS_REQUIRED_BACKENDS=torch,cpp $(OLDER)/python -m pytest \
+	$(OLDER)/python -m $(PIP) torch==2.13.0 hypothesis numpy pytest pytest-xdist rich safetensors tqdm
+	ATLAS_KERNELS_REQUIRED_BACKENDS=torch,cpp $(OLDER)/python -m pytest $(PARALLEL) \
 	  $(addprefix tests/test_,backends.py bank.py compose.py composed.py cpp.py layout.py task_vector.py)
 
 kernels: $(READY)
-	$(BIN)/python -m pytest tests/test_triton*.py tests/test_cuda.py
+	$(BIN)/python -m pytest $(PARALLEL) tests/test_triton*.py tests/test_cuda.py
 
 gpu: $(READY)
 	ATLAS_KERNELS_ON_GPU=1 $(BIN)/python -m pytest -k 'triton or cuda or test_gpu' \

@@ -5,6 +5,9 @@ import os
 # Read by Triton when the kernels are imported, so before anything imports them.
 if os.environ.get("ATLAS_KERNELS_ON_GPU") != "1":
     os.environ.setdefault("TRITON_INTERPRET", "1")
+# Workers share the cores. Read by PyTorch when it is imported, here and in processes of tests.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import on_gpu
 import pytest
