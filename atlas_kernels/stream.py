@@ -12,8 +12,10 @@ import os
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
 from itertools import islice
+from mmap import mmap
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Protocol
@@ -23,7 +25,7 @@ from torch import Tensor
 
 from .bank import TaskVectorBank
 from .checkpoints import FileFormatError, data_offsets, read_tensors
-from .layout import TILE
+from .layout import TILE, Layout, padded
 from .low_rank import LowRankSegment
 from .partition import tile_keys
 from .segment import Segment, chunks, crc
@@ -32,6 +34,8 @@ from .segment import Segment, chunks, crc
 # other checks what has come.
 SLOTS = 8
 _THREADS = 2
+# Bytes. What direct reads are made of: a multiple of every disk's own.
+BLOCK = 4096
 
 
 def check_streamable(bank: TaskVectorBank) -> None:
@@ -148,6 +152,12 @@ class Stream:
     def _cut(self) -> list[list[_Piece]]:
         pieces: list[list[_Piece]] = [[] for _ in self._bank.blocks]
         count = len(self._bank.names)
+
+        # Few differ, and to make one for every chunk that is read takes longer than to compose it.
+        @cache
+        def layout_of(elements: int, alignment: int) -> Layout:
+            return Layout.from_shapes(((elements,),), alignment).to(self._device)
+
         for index, segment in enumerate(self._bank.segments):
             if isinstance(segment, LowRankSegment):
                 continue
@@ -167,6 +177,8 @@ class Stream:
                         tuple(n * codec.dtype.itemsize for n in items),
                         tuple(n * torch.bfloat16.itemsize for n in scales),
                         checksum,
+                        segment.index[cut.block : cut.block + 1],
+                        layout_of(cut.end - cut.start, codec.alignment),
                     )
                 )
         return pieces
@@ -203,10 +215,11 @@ class Stream:
     def _filled(self, piece: _Piece) -> _Buffer:
         buffer = self._buffers.get()
         try:
-            deltas, scales = buffer.views(piece)
-            self._source.read(f"deltas.{piece.segment}", piece.deltas[0], deltas)
-            self._source.read(f"scales.{piece.segment}", piece.scales[0], scales)
-            if piece.checksum is not None and crc(deltas, scales) != piece.checksum:
+            for name, (start, end) in (("deltas", piece.deltas), ("scales", piece.scales)):
+                room = buffer.room(name, piece)
+                found = self._source.read(f"{name}.{piece.segment}", start, end - start, room)
+                buffer.found[name] = found
+            if piece.checksum is not None and crc(*buffer.found.values()) != piece.checksum:
                 raise FileFormatError(
                     f"{self._bank.path}: a checksum of block {self._bank.blocks[piece.column]!r} "
                     "fails: the file was damaged or changed since it was written. Pack it again"
@@ -217,16 +230,18 @@ class Stream:
         return buffer
 
     def _segment(self, piece: _Piece, buffer: _Buffer) -> Segment:
-        codec = self._bank.segments[piece.segment].codec
-        deltas, scales = buffer.views(piece)
-        return Segment.of(
+        segment = self._bank.segments[piece.segment]
+        codec, on_device = segment.codec, partial(Tensor.to, device=self._device, non_blocking=True)
+        deltas, scales = map(on_device, (buffer.found["deltas"], buffer.found["scales"]))
+        return Segment(
             (piece.column,),
-            ((piece.end - piece.start,),),
+            piece.index,
+            piece.layout,
             codec,
             len(self._bank.names),
             self._base[piece.column][piece.start : piece.end],
-            deltas.to(self._device, non_blocking=True).view(codec.dtype),
-            scales.to(self._device, non_blocking=True).view(torch.bfloat16) if codec.bits else None,
+            deltas.view(codec.dtype),
+            scales.view(torch.bfloat16) if codec.bits else None,
         )
 
 
@@ -286,6 +301,7 @@ class _Piece:
         segment: the block's segment.
         deltas, scales: first byte and end in the segment's arenas.
         checksum: of both, if they come from a file.
+        index, layout: as a segment of its own has them, on the device that composes.
     """
 
     column: int
@@ -295,23 +311,40 @@ class _Piece:
     deltas: tuple[int, ...]
     scales: tuple[int, ...]
     checksum: int | None
+    index: Tensor = field(compare=False)
+    layout: Layout = field(compare=False)
 
     @property
     def nbytes(self) -> int:
         return self.deltas[1] - self.deltas[0] + self.scales[1] - self.scales[0]
 
 
+def _room(count: int) -> int:
+    """Bytes of the blocks in which so many bytes may lie, wherever they start."""
+    return padded(count, BLOCK) + BLOCK
+
+
 class _Buffer:
-    """Host memory for one chunk; page-locked if a GPU copies from it."""
+    """Host memory for one chunk; page-locked if a GPU copies from it.
+
+    Attributes:
+        found: the bytes of its deltas and of its scales.
+    """
 
     def __init__(self, size: int, device: torch.device) -> None:
-        self._bytes = torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
+        # Two rooms may take up to two blocks more than one, and the first block starts somewhere.
+        memory = torch.empty(
+            _room(size) + 3 * BLOCK, dtype=torch.uint8, pin_memory=device.type == "cuda"
+        )
+        first = -memory.data_ptr() % BLOCK
+        self._bytes = memory[first:]
         self._copied = torch.cuda.Event() if device.type == "cuda" else None
+        self.found: dict[str, Tensor] = {}
 
-    def views(self, piece: _Piece) -> tuple[Tensor, Tensor]:
-        """The bytes of the deltas and of the scales."""
-        middle = piece.deltas[1] - piece.deltas[0]
-        return self._bytes[:middle], self._bytes[middle : piece.nbytes]
+    def room(self, name: str, piece: _Piece) -> Tensor:
+        """Where the deltas or the scales of a chunk go: whole blocks."""
+        deltas, scales = (_room(end - start) for start, end in (piece.deltas, piece.scales))
+        return self._bytes[:deltas] if name == "deltas" else self._bytes[deltas : deltas + scales]
 
     def release(self) -> None:
         """Waits until the GPU has copied what it was told to."""
@@ -323,7 +356,8 @@ class _Buffer:
 class _Source(Protocol):
     def checksums(self, segment: int, count: int) -> list[int] | list[None]: ...
 
-    def read(self, name: str, offset: int, target: Tensor) -> None: ...
+    def read(self, name: str, offset: int, count: int, room: Tensor) -> Tensor:
+        """Bytes [offset, offset + count) of an arena, somewhere in the room for them."""
 
 
 class _Host:
@@ -340,17 +374,23 @@ class _Host:
     def checksums(self, segment: int, count: int) -> list[None]:
         return [None] * count
 
-    def read(self, name: str, offset: int, target: Tensor) -> None:
-        if target.numel():
-            target.copy_(self._arenas[name][offset : offset + target.numel()])
+    def read(self, name: str, offset: int, count: int, room: Tensor) -> Tensor:
+        found = room[:count]
+        if count:
+            found.copy_(self._arenas[name][offset : offset + count])
+        return found
 
 
 class _File:
-    """A bank's file, kept open: a file of the same name that replaces it is not read."""
+    """A bank's file, kept open: a file of the same name that replaces it is not read.
+
+    It is read around the system's cache, where the file system can: a bank that is larger than
+    memory finds nothing there, and to put it there took half a second of a core for every GB.
+    """
 
     def __init__(self, path: Path, bank: TaskVectorBank) -> None:
         self._path = path
-        self._descriptor = os.open(path, os.O_RDONLY)
+        self._descriptor = _opened(path)
         weakref.finalize(self, os.close, self._descriptor)
         self._offsets = data_offsets(path)
         tensors, fields = read_tensors(path, "bank")
@@ -373,16 +413,36 @@ class _File:
             )
         return found
 
-    def read(self, name: str, offset: int, target: Tensor) -> None:
-        if not target.numel():
-            return
-        view = memoryview(target.numpy().data)
+    def read(self, name: str, offset: int, count: int, room: Tensor) -> Tensor:
+        if not count:
+            return room[:0]
         position = self._offsets[name][0] + offset
-        while view:
-            count = os.preadv(self._descriptor, [view], position)
-            if count == 0:
+        first = position // BLOCK * BLOCK
+        end = position + count
+        view = memoryview(room.numpy().data)[: padded(end - first, BLOCK)]
+        done = 0
+        while first + done < end:
+            # Direct reads start at a block.
+            done -= done % BLOCK
+            found = os.preadv(self._descriptor, [view[done:]], first + done)
+            if found < BLOCK and first + done + found < end:
                 raise FileFormatError(
-                    f"{self._path}: ends at byte {position}, in the middle of the deltas: it was "
-                    "shortened since it was loaded"
+                    f"{self._path}: ends at byte {first + done + found}, in the middle of the "
+                    "deltas: it was shortened since it was loaded"
                 )
-            view, position = view[count:], position + count
+            done += found
+        return room[position - first : end - first]
+
+
+def _opened(path: Path) -> int:
+    """A descriptor for direct reads of whole blocks, or for any reads."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT)
+        try:
+            os.preadv(descriptor, [mmap(-1, BLOCK)], 0)
+        except OSError:
+            os.close(descriptor)
+            raise
+    except (AttributeError, OSError):
+        return os.open(path, os.O_RDONLY)
+    return descriptor

@@ -242,9 +242,10 @@ def _count_reads(model: ak.ComposedModel, total: list[int]) -> None:
     source: Any = model._installed()._blocks._padded._source  # type: ignore[attr-defined]
     read = source.read
 
-    def counted(name: str, offset: int, target: Tensor) -> None:
-        read(name, offset, target)
-        total[0] += target.numel()
+    def counted(name: str, offset: int, count: int, room: Tensor) -> Tensor:
+        total[0] += count
+        found: Tensor = read(name, offset, count, room)
+        return found
 
     source.read = counted
 
