@@ -303,6 +303,22 @@ def test_composed_on_an_open_clip_encoder(lora: Any) -> None:
     assert (expected - start).abs().max() > 0.1
 
 
+def test_factors_of_a_layer_in_two_places() -> None:
+    layer = nn.Linear(3, 3)
+    encoder = nn.Sequential(nn.Sequential(layer), nn.Tanh(), nn.Sequential(layer))
+    tuning = LoraTuning(encoder, rank=2, alpha=2.0, targets="*.weight")
+    nn.init.normal_(tuning.up[0])
+    images = torch.randn(4, 3)
+    tuned = copy.deepcopy(layer)
+    with torch.no_grad():
+        tuned.weight += tuning.up[0] @ tuning.down[0]
+    expected = tuned(tuned(images).tanh())
+    # Twice: the first time must leave the encoder as it was.
+    for _ in range(2):
+        assert torch.allclose(tuning(images), expected, atol=1e-6)
+        assert same_bits(tuning.encoder(images), encoder(images))
+
+
 def bank_factors(bank: ak.TaskVectorBank) -> dict[str, Tensor]:
     """What factors are at zero coefficients: A_0 and zero."""
     return {

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from ..checkpoints import digest
 from ..clip import ImageClassifier
@@ -23,6 +22,7 @@ from ..factorwise import factor_names, multiply
 from ..linearized import expand
 from ..low_rank import Delta, LowRank
 from ..packing import chosen
+from ..swap import call
 from ..task_vector import TaskVector
 from .few_shot import ImageBatches, classify
 from .trainer import Recipe, learn
@@ -203,7 +203,7 @@ class LoraTuning(_OnFrozen):
         }
         weights = {key: self.encoder.get_parameter(key) for key in self.scales}
         composed = multiply(factors, weights, self.scales)
-        features: Tensor = functional_call(self.encoder, composed, (images,))
+        features: Tensor = call(self.encoder, composed, (images,))
         return features
 
     def task_vector(self, name: str = "") -> TaskVector:
