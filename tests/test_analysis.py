@@ -215,12 +215,11 @@ def test_each_vector_alone() -> None:
 
 def test_larger_steps_of_the_embedded_vectors_disturb_more() -> None:
     from atlas_kernels.clip import load_embedded_model, zero_shot_head
-    from atlas_kernels.demo.assets import asset_folder
-    from atlas_kernels.demo.experiment import load_vectors
+    from atlas_kernels.embedded.assets import load_task_vectors
 
     clip = load_embedded_model()
     names = ("digits-inverted", "fashion-inverted")
-    every = load_vectors(clip, asset_folder())
+    every = load_task_vectors(base=clip)
     visual = clip.get_submodule("visual")
     bank = ak.TaskVectorBank.from_task_vectors(visual, [every[name] for name in names])
     encoder = ak.ComposedModel(visual, bank, granularity="task")

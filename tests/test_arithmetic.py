@@ -295,11 +295,10 @@ def embedded(*names: str, granularity: str = "block") -> tuple[ak.ComposedModel,
     pytest.importorskip("open_clip")
     from atlas_kernels.clip import zero_shot_head
     from atlas_kernels.data import augment, load_task, preprocess
-    from atlas_kernels.demo.assets import asset_folder, load_model
-    from atlas_kernels.demo.experiment import load_vectors
+    from atlas_kernels.embedded.assets import load_model, load_task_vectors
 
     clip = load_model()
-    vectors = load_vectors(clip, asset_folder())
+    vectors = load_task_vectors(base=clip)
     visual = clip.get_submodule("visual")
     bank = ak.TaskVectorBank.from_task_vectors(visual, [vectors[name] for name in names])
     encoder = ak.ComposedModel(visual, bank, granularity=granularity)

@@ -2,32 +2,27 @@ import copy
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 pytest.importorskip("open_clip")
 
-import atlas_kernels.demo.make_assets as make_assets_module
+import atlas_kernels.embedded.make_assets as make_assets_module
+from atlas_kernels import TaskVector
 from atlas_kernels.checkpoints import describe
 from atlas_kernels.clip import ImageClassifier, zero_shot_head
 from atlas_kernels.data import load_task, preprocess, task_names
-from atlas_kernels.demo import (
-    asset_folder,
+from atlas_kernels.embedded import WEIGHTS
+from atlas_kernels.embedded.assets import (
     fingerprint,
     load_model,
     load_task_vectors,
-    task_vector_names,
-)
-from atlas_kernels.demo.assets import (
     quantize,
     read_task_vector,
     save_task_vector,
+    task_vector_names,
     vector_path,
 )
-from atlas_kernels.demo.make_assets import (
-    AssetRecipe,
-    contrastive_loss,
-    make_assets,
-)
+from atlas_kernels.embedded.make_assets import AssetRecipe, contrastive_loss, make_assets
 from atlas_kernels.learn import accuracy
 
 TINY = AssetRecipe(pretrain_steps=2, pretrain_batch=64, finetune_steps=2)
@@ -39,12 +34,12 @@ def model() -> nn.Module:
 
 
 @pytest.fixture(scope="module")
-def vectors(model: nn.Module) -> dict[str, dict[str, Tensor]]:
+def vectors(model: nn.Module) -> dict[str, TaskVector]:
     return load_task_vectors(base=model)
 
 
-def accuracies(model: nn.Module, name: str, delta: dict[str, Tensor]) -> tuple[float, float]:
-    """Test accuracy of the base and of the base plus a delta."""
+def accuracies(model: nn.Module, name: str, vector: TaskVector) -> tuple[float, float]:
+    """Test accuracy of the base and of the base plus a task vector."""
     task = load_task(name)
     classifier = ImageClassifier(
         copy.deepcopy(model.visual), zero_shot_head(model, task.classnames, task.templates)
@@ -52,23 +47,25 @@ def accuracies(model: nn.Module, name: str, delta: dict[str, Tensor]) -> tuple[f
     before = accuracy(classifier, task.test.images, task.test.labels, preprocess)
     with torch.no_grad():
         for key, parameter in classifier.encoder.named_parameters():
-            parameter += delta[key]
+            parameter += vector.deltas[key]
     return before, accuracy(classifier, task.test.images, task.test.labels, preprocess)
 
 
 def test_shipped_assets_are_complete_and_small() -> None:
     assert task_vector_names() == tuple(sorted(task_names()))
-    files = [path for path in asset_folder().rglob("*") if path.is_file()]
+    files = [path for path in WEIGHTS.rglob("*") if path.is_file()]
     assert all(path.suffix in {".safetensors", ".md"} for path in files)
     assert sum(path.stat().st_size for path in files) < 14_000_000
 
 
 def test_vectors_cover_every_parameter_of_the_image_encoder(model: nn.Module, vectors) -> None:
     shapes = {name: parameter.shape for name, parameter in model.visual.named_parameters()}
-    for delta in vectors.values():
-        assert {name: tensor.shape for name, tensor in delta.items()} == shapes
-        assert all(t.dtype == torch.float32 and t.isfinite().all() for t in delta.values())
-        assert all(tensor.abs().max() > 0 for tensor in delta.values())
+    for vector in vectors.values():
+        assert {name: tensor.shape for name, tensor in vector.deltas.items()} == shapes
+        for tensor in vector.deltas.values():
+            assert tensor.dtype == torch.float32
+            assert tensor.isfinite().all()
+            assert tensor.abs().max() > 0
 
 
 # Zero-shot accuracy of the shipped base on clean images: .816, .960, .780, .914. The bounds lie
@@ -97,7 +94,7 @@ def test_base_knows_the_clean_tasks(model: nn.Module, name: str, bound: float) -
 def test_finetuned_beats_zero_shot_on_its_own_test_images(model, vectors, name: str) -> None:
     before, after = accuracies(model, name, vectors[name])
     assert after >= before + 0.2
-    stated = describe(vector_path(asset_folder(), name))[1]
+    stated = describe(vector_path(WEIGHTS, name))[1]
     # int8 codes for the delta, another machine's rounding: at most a few images of 350 to 500.
     assert abs(after - stated["finetuned_accuracy"]) <= 0.02
     assert abs(before - stated["zero_shot_accuracy"]) <= 0.02
@@ -180,7 +177,7 @@ def test_make_assets_from_nothing_interrupted_and_resumed(tmp_path, monkeypatch)
     assert all(path.read_bytes() == content for path, content in finished.items())
     vectors = load_task_vectors(folder=tmp_path)
     assert sorted(vectors) == tasks
-    assert all(delta["proj"].abs().max() > 0 for delta in vectors.values())
+    assert all(vector.deltas["proj"].abs().max() > 0 for vector in vectors.values())
     with pytest.raises(ValueError, match="another seed or recipe"):
         make_assets(tmp_path, seed=1, recipe=TINY, tasks=tasks, progress=False)
     with pytest.raises(ValueError, match="unknown tasks cars"):

@@ -18,7 +18,7 @@ from atlas_kernels import cli
 from atlas_kernels.checkpoints import read_state_dict, read_tensors
 from atlas_kernels.clip import build_embedded_model, embedded_model_config, load_embedded_model
 from atlas_kernels.experiments.config import FewShotRun
-from atlas_kernels.experiments.methods import Setting
+from atlas_kernels.experiments.setting import Setting
 
 TASK = "digits-inverted"
 SOURCES = ("digits-clean", "mnist-inverted", "fashion-noise")

@@ -9,6 +9,7 @@ import yaml
 from atlas_kernels.experiments.config import (
     METHODS,
     Checkpoints,
+    Embedded,
     Experiment,
     FewShotRun,
     NegationRun,
@@ -127,13 +128,13 @@ def test_files_that_are_no_suites(tmp_path, text: str, message: str) -> None:
 
 def test_the_papers_tables_are_there() -> None:
     names = suite_names()
-    assert names[0] == "embedded"
+    assert names[:3] == ("embedded", "demo", "demo-full")
     for name in names:
         suite = read_suite(name)
         assert suite.name == name
         runs: list[Run] = [run for _, run in suite.runs()]
         assert runs
-        if name == "embedded":
+        if isinstance(suite.source, Embedded):
             assert {run.recipe for run in runs if run.recipes["paper"]} == {"ours"}
         else:
             assert {run.recipe for run in runs} == {"paper"}
@@ -168,7 +169,7 @@ def test_suites_and_their_sources() -> None:
 
 def test_every_field_is_in_the_docs() -> None:
     page = Path(__file__).parent.parent.joinpath("docs", "configs.md").read_text(encoding="utf-8")
-    for schema in (Own, Checkpoints, *METHODS.values()):
+    for schema in (Embedded, Own, Checkpoints, *METHODS.values()):
         for name, field in schema.model_fields.items():
             if name not in ("kind", "method"):
                 assert f"| `{name}` |" in page, name

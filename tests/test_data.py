@@ -15,7 +15,7 @@ from atlas_kernels.data import (
     pretraining_split,
     task_names,
 )
-from atlas_kernels.demo.make_images import read_pickled_array, split
+from atlas_kernels.embedded.make_images import read_pickled_array, split
 
 
 def contents(part: Split) -> list[bytes]:

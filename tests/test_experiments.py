@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,11 +12,13 @@ pytest.importorskip("open_clip")
 pytest.importorskip("matplotlib")
 
 from atlas_kernels import LinearizedModel, cli
-from atlas_kernels.clip import ImageClassifier
+from atlas_kernels.clip import ImageClassifier, load_embedded_model, save_embedded_model
+from atlas_kernels.embedded import WEIGHTS
 from atlas_kernels.experiments import suite as suite_module
 from atlas_kernels.experiments.config import (
     AdditionRun,
     CosineRun,
+    Embedded,
     FewShotRun,
     NegationRun,
     PeftRun,
@@ -24,10 +27,12 @@ from atlas_kernels.experiments.config import (
     TestTimeRun,
     checked,
 )
-from atlas_kernels.experiments.methods import Result, Rows, Setting, perform
+from atlas_kernels.experiments.few_shot import Rows
+from atlas_kernels.experiments.methods import perform
 from atlas_kernels.experiments.results import Records
+from atlas_kernels.experiments.setting import Result, Setting
 from atlas_kernels.experiments.suite import run_suite
-from atlas_kernels.experiments.workspace import EmbeddedWorkspace
+from atlas_kernels.experiments.workspace import EmbeddedWorkspace, open_workspace
 
 TASK = "digits-inverted"
 SOURCES = ("digits-clean", "mnist-inverted", "fashion-noise")
@@ -119,9 +124,41 @@ def test_searches_and_the_targets_own_model(space) -> None:
     assert (own.encoder.coef == 1).all()
     # The model that was fine-tuned on all images of the task.
     assert own.metrics["test"] > 0.8
-    search = result_of(space, FewShotRun(**QUICK, how="search"))
-    assert search.encoder is not None
-    assert len(search.encoder.coef.unique()) == 1
+    run = FewShotRun(**QUICK, granularity="task", how="search", factors=(2.0,))
+    search = result_of(space, run).encoder
+    assert search is not None
+    assert search.coef.tolist() == [2.0] * 3
+    single = result_of(space, run.model_copy(update={"how": "single", "factors": (0.25,)})).encoder
+    assert single is not None
+    # The base, or one vector.
+    assert sorted(single.coef.tolist()) in ([0.0] * 3, [0.0, 0.0, 0.25])
+
+
+def test_costs_are_measured_and_change_nothing(space) -> None:
+    run = FewShotRun(**{**QUICK, "epochs": 1})
+    plain = result_of(space, run)
+    assert plain.seconds is not None
+    assert plain.seconds > 0
+    measured = result_of(space, run.model_copy(update={"peak_memory": True})).metrics
+    # Coefficients, gradients and AdamW's moments at least; nothing here comes near a gigabyte.
+    assert 4 * 4 * 168 < measured.pop("peak_bytes") < 1e9
+    assert measured == plain.metrics
+
+
+def test_other_assets_in_place_of_those_that_ship(space, tmp_path) -> None:
+    shutil.copytree(WEIGHTS, tmp_path / "assets")
+    model = load_embedded_model()
+    with torch.no_grad():
+        model.visual.proj += 1
+    ids = model.known_tokens.nonzero().flatten()
+    state = {**model.state_dict(), "token_embedding.weight": model.token_embedding.weight[ids]}
+    save_embedded_model(tmp_path / "assets" / "model.safetensors", state, ids)
+    other = open_workspace(Embedded(assets=tmp_path / "assets"))
+    difference = other.encoder().proj - space.encoder().proj
+    assert torch.allclose(difference, torch.ones_like(difference), atol=1e-3)
+    # Vectors of the model that ships do not belong to this one.
+    with pytest.raises(ValueError, match="another base model"):
+        other.vectors("standard", [TASK])
 
 
 def test_partitions_and_percent(space) -> None:
@@ -211,7 +248,7 @@ def test_per_instance_and_cosines(space) -> None:
 
 def test_lora_and_linear_vectors_are_made_once_and_kept(tmp_path, monkeypatch) -> None:
     made = []
-    import atlas_kernels.demo.vectors as vectors
+    import atlas_kernels.embedded.vectors as vectors
 
     real = vectors.finetune
     quick = {kind: vectors.Recipe(epochs=1, lr=r.lr) for kind, r in vectors.RECIPES.items()}

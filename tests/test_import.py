@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 PACKAGE = Path(__file__).parent.parent / "atlas_kernels"
 
 # A package that is not installed: no finder knows it.
@@ -124,3 +126,18 @@ except ak.BackendUnavailableError as error:
     assert output.count("WARNING") == 1
     assert output.count("it was never built: build it") == 3
     assert "'torch': 'available'" in output
+
+
+def test_every_file_of_the_package_is_installed() -> None:
+    tomllib = pytest.importorskip("tomllib")
+    settings = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8"))
+    installed = {
+        path
+        for package, patterns in settings["tool"]["setuptools"]["package-data"].items()
+        for pattern in patterns
+        for path in PACKAGE.parent.joinpath(*package.split(".")).glob(pattern)
+    }
+    ours = {".npz", ".safetensors", ".md", ".yaml", ".j2", ".typed"}
+    files = {path for path in PACKAGE.rglob("*") if path.suffix in ours or path.name == "py.typed"}
+    assert len(files) > 30
+    assert files == installed

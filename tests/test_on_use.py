@@ -20,7 +20,7 @@ from torch.nn.functional import embedding
 from torch.utils.checkpoint import checkpoint
 
 import atlas_kernels as ak
-from atlas_kernels.demo.assets import load_model
+from atlas_kernels.embedded.assets import load_model
 from atlas_kernels.memory import PeakMemory
 from atlas_kernels.on_use import ResidentBlocks
 from atlas_kernels.stream import Stream

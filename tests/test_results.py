@@ -123,7 +123,9 @@ def test_results_come_back_and_others_are_refused(records, tmp_path) -> None:
     assert again.done == records.done
     other = checked(Suite, {**SUITE, "version": 2}, "")
     before = records.path.read_bytes()
-    with pytest.raises(ValueError, match=r"holds the results of other settings: choose another"):
+    with pytest.raises(
+        ValueError, match=r"of other settings \(version: 1 there, 2 here\): choose another"
+    ):
         Records.open(tmp_path, other)
     assert records.path.read_bytes() == before
     records.path.write_text("[]")

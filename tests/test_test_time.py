@@ -457,12 +457,11 @@ def noisy() -> tuple[Callable[..., nn.Module], Any]:
     pytest.importorskip("open_clip")
     from atlas_kernels.clip import zero_shot_head
     from atlas_kernels.data import embedded_task
-    from atlas_kernels.demo.assets import asset_folder, load_model
-    from atlas_kernels.demo.experiment import load_vectors
+    from atlas_kernels.embedded.assets import load_model, load_task_vectors
 
     task = embedded_task("mnist-noise")
     clip = load_model()
-    vectors = load_vectors(clip, asset_folder())
+    vectors = load_task_vectors(base=clip)
     others = ("mnist-clean", "digits-noise", "fashion-noise", "animals-noise")
     head = zero_shot_head(clip, task.classnames, task.templates)
 

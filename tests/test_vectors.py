@@ -16,8 +16,8 @@ pytest.importorskip("open_clip")
 import atlas_kernels as ak
 from atlas_kernels.clip import ImageClassifier, zero_shot_head
 from atlas_kernels.data import embedded_task
-from atlas_kernels.demo import vectors
-from atlas_kernels.demo.assets import load_model
+from atlas_kernels.embedded import vectors
+from atlas_kernels.embedded.assets import load_model
 from atlas_kernels.learn import classify
 
 TASK = "mnist-rotated"

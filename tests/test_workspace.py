@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 from atlas_kernels import cli
 from atlas_kernels.clip import build_embedded_model, embedded_model_config
 from atlas_kernels.experiments.config import Checkpoints, FewShotRun, NegationRun
-from atlas_kernels.experiments.methods import Setting, perform
+from atlas_kernels.experiments.methods import perform
+from atlas_kernels.experiments.setting import Setting
 from atlas_kernels.experiments.workspace import CheckpointWorkspace, open_workspace
 
 COLORS = {"dark_red": (150, 20, 30), "blue": (20, 40, 200)}

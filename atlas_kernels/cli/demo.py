@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ..demo.experiment import Grid
+    from ..experiments.config import Cell, Suite
+
+ASSETS = "assets"
+STEP_COST = "step-cost.json"
 
 
 def add(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -42,7 +46,7 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Runs the grid, then reports it."""
+    """Makes the assets if asked to, runs the suite, and reports it."""
     from .info import missing
 
     lacking = missing("demo")
@@ -50,69 +54,77 @@ def run(arguments: argparse.Namespace) -> None:
         raise ImportError(
             f"the demo needs {', '.join(lacking)}: run pip install 'atlas_kernels[demo]'"
         )
-    from ..demo import experiment
-    from ..demo.assets import asset_folder
+    from ..experiments.published import read_suite
 
-    seed, out = arguments.seed, arguments.out
-    grid = experiment.full_grid(seed) if arguments.full else experiment.Grid(seeds=(seed,))
-    run_demo(grid, out, None if arguments.from_scratch else asset_folder(), seed)
-
-
-def run_demo(
-    grid: Grid, out: Path, assets: Path | None, seed: int = 0, processes: int | None = None
-) -> None:
-    """The demo with any grid; ``assets=None`` makes them first, in ``out / "assets"``."""
-    from ..demo import experiment
-    from ..experiments.processes import default_processes
-    from .report import print_results, write_pictures
-
+    out: Path = arguments.out
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file, expected the name of a folder")
-    out.mkdir(parents=True, exist_ok=True)
-    if assets is None:
-        from ..demo.make_assets import make_assets
+    suite = read_suite("demo-full" if arguments.full else "demo")
+    run_demo(_adjusted(suite, arguments), out)
 
-        assets = out / "assets"
-        try:
-            make_assets(assets, seed=seed)
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(_go_on(f"finished assets are kept in {assets}")) from None
-    if processes is None:
-        processes = default_processes()
-    results = experiment.Results.open(out, grid, assets, processes)
-    try:
-        experiment.run_grid(grid, out, results, assets)
-        if results.step_cost is None:
-            results.step_cost = _step_cost(grid, assets)
-            results.write()
-        pictures = write_pictures(results, grid, out)
-    except BaseException as error:
-        cells = f"{len(results.records)} of {len(grid.cells())} cells"
-        hint = _go_on(f"{cells} are finished and kept in {out}")
-        if isinstance(error, KeyboardInterrupt):
-            raise KeyboardInterrupt(hint) from None
-        if isinstance(error, OSError):
-            raise OSError(error.errno, f"{error.strerror or error}; {hint}") from error
-        raise RuntimeError(f"{error}; {hint}") from error
-    print_results(results, grid)
-    files = [experiment.RESULTS, *(path.name for path in pictures)]
-    print(f"Written to {out}: {', '.join(files)},")
+
+def run_demo(suite: Suite, out: Path, *, processes: int | None = None) -> None:
+    """Runs a suite like the demo's, and writes all that the command promises."""
+    from ..experiments.results import RESULTS
+    from ..experiments.suite import run_suite
+    from .report import print_results, print_step_cost, write_pictures
+
+    kept = kept_cells(suite)
+    records = run_suite(suite, out, kept=kept, processes=processes)
+    cost = _step_cost(suite, kept[0], out / STEP_COST)
+    pictures = write_pictures(records, kept[0], out)
+    print_results(records)
+    print_step_cost(cost)
+    names = ", ".join((RESULTS, STEP_COST, *(path.name for path in pictures)))
+    print(f"Written to {out}: {names},")
     print("and for every target the learned coefficients-*.safetensors and merged-*.safetensors.")
 
 
-def _go_on(done: str) -> str:
-    return f"{done}; run the same command again to go on"
+def kept_cells(suite: Suite) -> list[Cell]:
+    """The runs whose coefficients and merged models are written: one per target."""
+    from .report import ATLAS
+
+    first = suite.experiments[0]
+    assert first.axis is not None
+    chosen = (first.name, ATLAS, max(first.axis.values), first.seeds[0])
+    cells = (cell for cell, _ in suite.runs())
+    return [c for c in cells if (c.experiment, c.arm, c.value, c.seed) == chosen]
 
 
-def _step_cost(grid: Grid, assets: Path) -> dict[str, Any]:
-    from ..demo import experiment
-    from ..demo.step_cost import step_cost
+def _adjusted(suite: Suite, arguments: argparse.Namespace) -> Suite:
+    """The suite with other seeds, and on assets that are made first."""
+    seed = arguments.seed
+    experiments = tuple(
+        each.model_copy(update={"seeds": tuple(seed + its for its in each.seeds)})
+        for each in suite.experiments
+    )
+    suite = suite.model_copy(update={"experiments": experiments})
+    if not arguments.from_scratch:
+        return suite
+    from ..embedded.make_assets import make_assets
+    from ..experiments.config import Embedded
+
+    folder = arguments.out.resolve() / ASSETS
+    try:
+        make_assets(folder, seed=seed)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"finished assets are kept in {folder}; the same command goes on"
+        ) from None
+    return suite.model_copy(update={"source": Embedded(assets=folder)})
+
+
+def _step_cost(suite: Suite, cell: Cell, path: Path) -> dict[str, Any]:
+    """What a learning step of a run costs; measured once, with nothing else going on."""
     from ..experiments.processes import one_thread
+    from ..experiments.results import write_json
+    from ..experiments.setting import Setting
+    from ..experiments.step_cost import step_cost
+    from ..experiments.workspace import open_workspace
 
-    cell = experiment.Cell(grid.targets[0], "block", min(grid.shots), grid.seeds[0])
-    problem = experiment.Problem(cell, grid, assets)
-    images, labels = next(iter(problem.batches().epoch(0)))
-    with one_thread():
-        return step_cost(
-            problem.visual, problem.vectors, problem.head, images, labels, codec=grid.codec
-        )
+    if not path.exists():
+        setting = Setting(open_workspace(suite.source), dict(suite.runs())[cell])
+        with one_thread():
+            write_json(path, step_cost(setting))
+    contents: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return contents

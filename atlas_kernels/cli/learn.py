@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import os
 import types
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
@@ -28,7 +27,7 @@ from ..experiments.config import (
 from ..experiments.results import CONFIG, RESULTS, versions, write_json
 
 if TYPE_CHECKING:
-    from ..experiments.methods import Result, Setting
+    from ..experiments.setting import Result, Setting
     from ..learn import Learned
 
 STATE = "training.safetensors"
@@ -127,7 +126,7 @@ def _learn(arguments: argparse.Namespace) -> None:
     folder: Path = arguments.output
     _check_folder(folder)
     _check_state(folder, config, arguments.resume)
-    from ..experiments.methods import Setting
+    from ..experiments.setting import Setting
     from ..experiments.workspace import open_workspace
 
     space = open_workspace(config.source, folder / "vectors")
@@ -211,6 +210,7 @@ def _fill_in(source: dict[str, Any], run: dict[str, Any], method: str) -> None:
 
 
 def _run(setting: Setting, config: Single) -> None:
+    from ..experiments.files import write_models
     from ..experiments.methods import perform
 
     folder = setting.folder
@@ -223,7 +223,7 @@ def _run(setting: Setting, config: Single) -> None:
     write_json(folder / RESULTS, results)
     zero_shot = _zero_shot(setting)
     result = perform(setting)
-    files = [*_write_models(result, folder), RESULTS, CONFIG]
+    files = [*write_models(result, folder), RESULTS, CONFIG]
     results |= {"metrics": result.metrics, "zero_shot": zero_shot}
     if result.encoder is not None:
         bank = result.encoder.bank
@@ -237,29 +237,6 @@ def _run(setting: Setting, config: Single) -> None:
     _print_metrics(setting, result, zero_shot)
     print(f"Written to {folder}: {', '.join(files)}.")
     (folder / STATE).unlink(missing_ok=True)
-
-
-def _write_models(result: Result, folder: Path) -> Iterator[str]:
-    """Writes what was learned; the names of the files."""
-    from ..checkpoints import write_tensors
-    from ..learn import LPPlusPlus, TipAdapter
-    from ..linearized import LinearizedModel
-
-    encoder = result.encoder
-    if encoder is not None:
-        encoder.save_coefficients(folder / "coefficients.safetensors")
-        yield "coefficients.safetensors"
-        if not isinstance(encoder, LinearizedModel):
-            merged = {**encoder.bank.constants, **encoder.merge().state_dict()}
-            write_tensors(folder / "merged.safetensors", merged)
-            yield "merged.safetensors"
-    elif result.model is not None and result.learned is not None:
-        write_tensors(folder / "model.safetensors", result.model.state_dict())
-        yield "model.safetensors"
-    for part in result.model.modules() if result.model is not None else ():
-        if isinstance(part, TipAdapter | LPPlusPlus):
-            part.save(folder / "adapter.safetensors")
-            yield "adapter.safetensors"
 
 
 def _write_picture(setting: Setting, learned: Learned, folder: Path) -> str:

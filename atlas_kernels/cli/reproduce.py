@@ -51,12 +51,7 @@ def _reproduce(arguments: argparse.Namespace) -> None:
         )
     suite = _suite(arguments)
     folder = arguments.output or Path(f"reproduce-{suite.name}")
-    try:
-        records = run_suite(suite, folder, processes=arguments.processes)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(
-            f"finished runs are kept in {folder}; the same command goes on"
-        ) from None
+    records = run_suite(suite, folder, processes=arguments.processes)
     for experiment in suite.experiments:
         its = table(records, experiment)
         if its.rows:

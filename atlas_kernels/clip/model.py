@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from ..checkpoints import read_tensors, write_tensors
+from ..embedded import MODEL_FILE, WEIGHTS
 
 Tokenizer = Callable[[list[str]], Tensor]
 
@@ -168,7 +169,7 @@ def load_embedded_model(path: str | os.PathLike[str] | None = None) -> nn.Module
         FileNotFoundError: there is no such file.
         FileFormatError: it is damaged or of another kind.
     """
-    state, _ = read_tensors(Path(path) if path else _shipped(), _KIND)
+    state, _ = read_tensors(Path(path) if path else WEIGHTS / MODEL_FILE, _KIND)
     token_ids = state.pop(_TOKEN_IDS)
     model = build_embedded_model()
     table = torch.zeros_like(model.get_parameter(_TOKEN_TABLE))
@@ -179,10 +180,6 @@ def load_embedded_model(path: str | os.PathLike[str] | None = None) -> nn.Module
     known[token_ids] = True
     model.register_buffer("known_tokens", known, persistent=False)
     return model.eval()
-
-
-def _shipped() -> Path:
-    return Path(__file__).resolve().parent.parent / "demo" / "embedded" / "model.safetensors"
 
 
 @torch.no_grad()

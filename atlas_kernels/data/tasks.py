@@ -10,12 +10,13 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from importlib.resources import files
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import affine_grid, grid_sample, interpolate, pad
+
+from ..embedded import IMAGES
 
 IMAGE_SIZE = 32
 PARTS = ("pretraining", "train", "validation", "test")
@@ -192,8 +193,7 @@ def augment(
 @cache
 def _part(dataset: str, part: str) -> Split:
     """One stored part at 32x32: 28x28 images are framed by zeros, 8x8 ones enlarged by 4."""
-    source = files("atlas_kernels.data") / "embedded" / f"{dataset}.npz"
-    with source.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+    with np.load(IMAGES / f"{dataset}.npz", allow_pickle=False) as arrays:
         images = torch.from_numpy(arrays[f"{part}_images"])
         labels = torch.from_numpy(arrays[f"{part}_labels"]).to(torch.int64)
     side = images.shape[-1]

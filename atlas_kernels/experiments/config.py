@@ -42,6 +42,10 @@ class Embedded(Schema):
     """The model, task vectors and tasks that come with the package."""
 
     kind: Literal["embedded"] = "embedded"
+    assets: Path | None = Field(
+        default=None,
+        description="a model and vectors that demo --from-scratch made, in place of them",
+    )
 
 
 class Own(Schema):
@@ -172,6 +176,9 @@ class FewShotRun(Run):
         "the base; fine-tune all weights; measure the target's own fine-tuned model; learn "
         "coefficients without gradients",
     )
+    factors: tuple[float, ...] = Field(
+        (), description="what search and single try; 21 points of [0, 1] by default"
+    )
     adapter: Literal["none", "tip", "lp++"] = Field("none", description="on top of the features")
     select: Literal["all", "random", "features", "whole", "block"] = Field(
         "all", description="which vectors learn: all, or a budget of them chosen in this way"
@@ -182,6 +189,11 @@ class FewShotRun(Run):
         description="task vectors, or noise in their place: as large as the base, or as they are",
     )
     out_of_domain: bool = Field(False, description="test under the images' other shifts as well")
+    peak_memory: bool = Field(
+        False,
+        description="measure the tensors of a learning step as well; of evaluating a batch, if "
+        "there are no gradients",
+    )
 
     @model_validator(mode="after")
     def _selection(self) -> FewShotRun:

@@ -2,66 +2,35 @@
 
 from __future__ import annotations
 
-import math
 import statistics
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..clip import ImageClassifier
-from ..composed import ComposedModel
-from ..data import LabelledImages
 from ..learn import (
     SAR,
-    TIP_JOINT,
     UFM,
     Adaptation,
     Entropy,
-    ImageBatches,
     JointTask,
-    Learned,
     LoraTuning,
     Outcome,
     Penalty,
     PerInstance,
     SimCLR,
-    accuracy,
     adapt,
     add,
-    classify,
     cosines,
     disentanglement_error,
-    features,
-    gradient_scores,
-    isotropic,
     layer_norms,
-    learn,
-    learn_gradient_free,
-    lp_plus_plus,
     negate,
-    norm_matched,
     off_diagonal_mean,
-    oversample,
-    random_basis,
-    sample_shots,
-    search,
     search_addition,
     search_negation,
-    select_blocks,
-    select_by_features,
-    select_random,
-    select_vectors,
-    single_vector,
-    summed_cross_entropy,
-    tip_adapter,
-    virtual_vectors,
     weights_only,
 )
-from ..linearized import LinearizedModel
 from ..task_vector import TaskVector
 from .config import (
     AdditionRun,
@@ -73,177 +42,9 @@ from .config import (
     Run,
     TestTimeRun,
 )
-from .workspace import OwnWorkspace, Workspace
-
-
-@dataclass
-class Result:
-    """What a run ended with.
-
-    Attributes:
-        metrics: numbers, and lists and dictionaries of numbers; accuracies in [0, 1].
-        model: what was learned, if anything: an encoder under a head, or under an adapter.
-        learned: the run behind it.
-    """
-
-    metrics: dict[str, Any]
-    model: nn.Module | None = None
-    learned: Learned | None = None
-
-    @property
-    def encoder(self) -> ComposedModel | None:
-        """The composed encoder in ``model``, if there is one."""
-        if self.model is None:
-            return None
-        return next((m for m in self.model.modules() if isinstance(m, ComposedModel)), None)
-
-
-class Rows(nn.Module):
-    """The logits of some of a model's classes: as if all others had the logit -inf."""
-
-    def __init__(self, model: nn.Module, rows: Tensor) -> None:
-        super().__init__()
-        self.model = model
-        self.rows = rows
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits [b, K] for K rows."""
-        logits: Tensor = self.model(images)
-        return logits[:, self.rows.to(logits.device)]
-
-
-@dataclass
-class Setting:
-    """One run and what it works with.
-
-    Attributes:
-        space: where models and images come from.
-        run: what to do.
-        folder: where files go that a run needs, such as a bank that is streamed; None for none.
-        state: the file of an interruptible run; None for none.
-        progress: whether progress bars are shown.
-    """
-
-    space: Workspace
-    run: Run
-    folder: Path | None = None
-    state: Path | None = None
-    progress: bool = True
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """What every learning function is told."""
-        return {"resume": self.state, "progress": self.progress}
-
-    def check(self) -> None:
-        """Finds out before anything is written what the run needs and does not have.
-
-        Raises:
-            OSError, ValueError: as `Workspace` does; or there are too few images.
-        """
-        run, space = self.run, self.space
-        for name in run.tasks_needed:
-            task = space.task(name)
-            space.head(name)
-            if isinstance(run, FewShotRun):
-                counts = task.train.labels.bincount(minlength=len(task.classnames)).tolist()
-                for label, count in zip(task.classnames, counts, strict=True):
-                    if count < run.shots:
-                        raise ValueError(
-                            f"--shots is {run.shots}, but class {label!r} has {count} images to "
-                            "learn from"
-                        )
-
-    @property
-    def title(self) -> str:
-        """What a picture of the run is called."""
-        run = self.run
-        what = f"{run.shots} images per class" if isinstance(run, FewShotRun) else ""
-        return ", ".join(part for part in (*run.tasks_needed, what) if part)
-
-    @property
-    def target(self) -> str:
-        """The task to learn."""
-        if self.run.target is None:
-            raise ValueError("this method needs a target task")
-        return self.run.target
-
-    def vectors(self) -> dict[str, TaskVector]:
-        """The task vectors that the run may use: never the target's own."""
-        run, space = self.run, self.space
-        names = [
-            name
-            for name in run.sources or space.vector_names(run.vectors)
-            if name != run.target and not (run.strict and space.related(name, self.target))
-        ]
-        return space.vectors(run.vectors, names)
-
-    def compose(
-        self, vectors: Mapping[str, TaskVector] | None = None, **choice: Any
-    ) -> ComposedModel:
-        """The base's encoder, to be composed of task vectors as the run says."""
-        if isinstance(self.space, OwnWorkspace):
-            bank = self.space.packed
-        else:
-            chosen = self.vectors() if vectors is None else vectors
-            bank = self.space.bank(self.run, chosen, self.folder, **choice)
-        run, encoder = self.run, self.space.encoder()
-        if run.vectors == "linear":
-            granularity = cast(Any, run.granularity)
-            return LinearizedModel(encoder, bank, granularity=granularity).to(self.space.device)
-        options: dict[str, Any] = {}
-        if run.granularity == "partition":
-            options = {"partitions": run.partitions, "seed": run.seed}
-        return ComposedModel(
-            encoder, bank, granularity=run.granularity, memory=run.memory, **options
-        ).to(self.space.device)
-
-    def classifier(self, encoder: nn.Module, task: str | None = None) -> ImageClassifier:
-        """The encoder under the zero-shot head of a task."""
-        return ImageClassifier(encoder, self.space.head(task or self.target)).to(self.space.device)
-
-    def score(self, model: nn.Module, part: LabelledImages) -> float:
-        """Accuracy on some images, in [0, 1]."""
-        return accuracy(model, torch.arange(len(part)), part.labels, part.images.plain)
-
-    def validate(self, model: nn.Module) -> float:
-        """Accuracy on the target's validation images, by which everything is chosen."""
-        return self.score(model, self.space.task(self.target).validation)
-
-    def test(self, model: nn.Module) -> float:
-        """Accuracy on the target's test images, which nothing else sees."""
-        return self.score(model, self.space.task(self.target).test)
-
-    def batches(self, part: LabelledImages, indices: Tensor | None = None) -> ImageBatches:
-        """Augmented batches of a part, or of some of its images."""
-        return ImageBatches(
-            torch.arange(len(part)),
-            part.labels,
-            self.run.resolved("batch"),
-            part.images.augmented,
-            self.run.seed,
-            indices,
-        )
-
-    def learn(self, model: nn.Module, batches: ImageBatches) -> Learned:
-        """Supervised learning of whatever in the model requires gradients."""
-        return learn(
-            model,
-            classify,
-            batches,
-            self.run.training(),
-            evaluate=self.validate,
-            description=self.target,
-            **self.options,
-        )
-
-    def result(self, model: nn.Module, learned: Learned | None = None, **metrics: Any) -> Result:
-        """The model's accuracies on validation and test."""
-        # What the kept epoch was chosen by need not be measured again.
-        known = learned is not None and math.isfinite(learned.score)
-        validation = learned.score if learned is not None and known else self.validate(model)
-        scores = {"validation": validation, "test": self.test(model)}
-        return Result({**scores, **metrics}, model, learned)
+from .few_shot import few_shot
+from .setting import Result, Setting
+from .workspace import OwnWorkspace
 
 
 def perform(setting: Setting) -> Result:
@@ -255,139 +56,22 @@ def perform(setting: Setting) -> Result:
     return _PERFORMERS[type(setting.run)](setting)
 
 
-def _few_shot(setting: Setting) -> Result:
-    run = cast(FewShotRun, setting.run)
-    task = setting.space.task(setting.target)
-    shots = sample_shots(task.train.labels.cpu(), run.shots, run.seed)
-    few = task.train.subset(shots)
-    if run.how == "own":
-        encoder = setting.compose(setting.space.vectors(run.vectors, [setting.target]))
-        with torch.no_grad():
-            encoder.coef.fill_(1)
-        return _with_shifts(setting, setting.result(setting.classifier(encoder)))
-    if run.how == "fine-tune":
-        tuned = _supervised(setting, setting.space.encoder().requires_grad_(), few)
-        return _with_shifts(setting, tuned)
-    if run.how == "zero-shot":
-        model = setting.classifier(setting.space.encoder().requires_grad_(False))
-        return _with_shifts(setting, _adapted(setting, model, few))
-    vectors = None if isinstance(setting.space, OwnWorkspace) else _chosen(setting, few)
-    encoder = setting.compose(vectors)
-    model = setting.classifier(encoder)
-    if run.how in ("search", "single"):
-        candidates = isotropic if run.how == "search" else single_vector
-        search(encoder, candidates(encoder.coef), lambda: setting.validate(model))
-        return _with_shifts(setting, setting.result(model))
-    if run.how == "gradient-free":
-        learn_gradient_free(
-            encoder,
-            lambda: summed_cross_entropy(model, few),
-            seed=run.seed,
-            progress=setting.progress,
-        )
-        return _with_shifts(setting, setting.result(model))
-    result = _supervised(setting, encoder, few)
-    if run.adapter != "none":
-        adapted = _adapted(setting, model, few)
-        result = Result({**result.metrics, **adapted.metrics}, adapted.model, result.learned)
-    return _with_shifts(setting, result)
-
-
-def _supervised(setting: Setting, encoder: nn.Module, images: LabelledImages) -> Result:
-    model = setting.classifier(encoder)
-    repeated = oversample(torch.arange(len(images)), setting.run.resolved("batch"))
-    learned = setting.learn(model, setting.batches(images, repeated))
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return setting.result(model, learned, epoch=learned.epoch, parameters=trained)
-
-
-def _adapted(setting: Setting, model: ImageClassifier, few: LabelledImages) -> Result:
-    run = cast(FewShotRun, setting.run)
-    validation = setting.space.task(setting.target).validation
-    if run.adapter == "none":
-        return setting.result(model)
-    if run.adapter == "tip":
-        joint = run.how == "coefficients"
-        adapted = tip_adapter(
-            model,
-            few,
-            validation,
-            # As published: twice the epochs of the coefficients alone.
-            replace(TIP_JOINT, epochs=2 * run.resolved("epochs"), seed=run.seed) if joint else None,
-            joint=joint,
-            batch_size=run.resolved("batch"),
-            progress=setting.progress,
-        )
-    else:
-        adapted = lp_plus_plus(model, few, validation, seed=run.seed, progress=setting.progress)
-    return setting.result(adapted.model)
-
-
-def _chosen(setting: Setting, few: LabelledImages) -> dict[str, TaskVector]:
-    """The vectors that learn: all, a budget of them, or noise in their place."""
-    run = cast(FewShotRun, setting.run)
-    vectors = setting.vectors()
-    if run.select != "all":
-        vectors = _selected(setting, vectors, few)
-    if run.bases == "matched":
-        noise = (norm_matched(vector, run.seed + i) for i, vector in enumerate(vectors.values()))
-        return {vector.name: vector for vector in noise}
-    if run.bases == "random":
-        base = dict(setting.space.encoder().named_parameters())
-        return {vector.name: vector for vector in random_basis(base, len(vectors), run.seed)}
-    return vectors
-
-
-def _selected(
-    setting: Setting, vectors: Mapping[str, TaskVector], few: LabelledImages
-) -> dict[str, TaskVector]:
-    run, space = cast(FewShotRun, setting.run), setting.space
-    budget, names = cast(int, run.budget), list(vectors)
-    if run.select == "random":
-        chosen = select_random(len(names), budget, run.seed)
-    elif run.select == "features":
-        base = space.encoder()
-        theirs = [space.features(name) for name in names]
-        chosen = select_by_features(features(base, few.images), theirs, budget)
-    else:
-        encoder = setting.compose(vectors)
-        scores = gradient_scores(setting.classifier(encoder), encoder, setting.batches(few))
-        if run.select == "block":
-            blocks = encoder.bank.blocks
-            table = select_blocks(scores, blocks, budget)
-            virtual = virtual_vectors(list(vectors.values()), table, blocks)
-            return {vector.name: vector for vector in virtual}
-        chosen = select_vectors(scores, budget)
-    return {names[i]: vectors[names[i]] for i in chosen.tolist()}
-
-
-def _with_shifts(setting: Setting, result: Result) -> Result:
-    """With the mean accuracy under the images' other shifts, if the run asks for it."""
-    run = cast(FewShotRun, setting.run)
-    if run.out_of_domain and result.model is not None:
-        shifts = {
-            other.name: setting.score(Rows(result.model, other.rows), other.test)
-            for other in setting.space.out_of_domain(setting.target)
-        }
-        result.metrics["shifts"] = shifts
-        result.metrics["shifted"] = statistics.fmean(shifts.values())
-    return result
-
-
 def _peft(setting: Setting) -> Result:
     run = cast(PeftRun, setting.run)
     train = setting.space.task(setting.target).train
     generator = torch.Generator().manual_seed(run.seed)
     count = max(1, round(len(train) * run.percent / 100))
     images = train.subset(torch.randperm(len(train), generator=generator)[:count])
+    if run.how == "coefficients":
+        encoder: nn.Module = setting.compose()
+    elif run.how == "lora":
+        encoder = LoraTuning(setting.space.encoder(), rank=run.rank, seed=run.seed)
+    else:
+        encoder = setting.space.encoder().requires_grad_(run.how == "fine-tune")
+    model = setting.classifier(encoder)
     if run.how == "zero-shot":
-        return setting.result(setting.classifier(setting.space.encoder()))
-    if run.how == "fine-tune":
-        return _supervised(setting, setting.space.encoder().requires_grad_(), images)
-    if run.how == "lora":
-        tuning = LoraTuning(setting.space.encoder(), rank=run.rank, seed=run.seed)
-        return _supervised(setting, tuning, images)
-    return _supervised(setting, setting.compose(), images)
+        return setting.result(model)
+    return setting.result(model, setting.learn(model, setting.repeated(images)))
 
 
 def _test_time(setting: Setting) -> Result:
@@ -418,8 +102,7 @@ def _test_time(setting: Setting) -> Result:
         description=f"{setting.target}, {run.objective}",
         **setting.options,
     )
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return setting.result(model, learned, parameters=trained)
+    return setting.result(model, learned)
 
 
 def _addition(setting: Setting) -> Result:
@@ -464,10 +147,8 @@ def _addition(setting: Setting) -> Result:
 
 def _finetuned(setting: Setting, name: str, vector: TaskVector) -> dict[str, float]:
     """Accuracies of a task's own fine-tuned model."""
-    encoder = setting.compose({name: vector})
-    with torch.no_grad():
-        encoder.coef.fill_(1)
-    model, task = setting.classifier(encoder, name), setting.space.task(name)
+    model = setting.classifier(setting.finetuned({name: vector}), name)
+    task = setting.space.task(name)
     return {
         "validation": setting.score(model, task.validation),
         "test": setting.score(model, task.test),
@@ -546,7 +227,7 @@ def _cosine(setting: Setting) -> Result:
 
 
 _PERFORMERS: dict[type[Run], Callable[[Setting], Result]] = {
-    FewShotRun: _few_shot,
+    FewShotRun: few_shot,
     AdditionRun: _addition,
     NegationRun: _negation,
     TestTimeRun: _test_time,

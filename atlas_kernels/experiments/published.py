@@ -11,13 +11,14 @@ from .config import Checkpoints, Suite, checked, read_yaml
 from .workspace import describe_layout
 
 _FOLDER = Path(__file__).resolve().parent / "suites"
-EMBEDDED = "embedded"
+EMBEDDED = ("embedded", "demo", "demo-full")
+"""Those on what comes with the package."""
 
 
 def suite_names() -> tuple[str, ...]:
-    """Their names, that of the embedded tasks first."""
+    """Their names, those on what comes with the package first."""
     names = sorted(path.stem for path in _FOLDER.glob("*.yaml"))
-    return (EMBEDDED, *(name for name in names if name != EMBEDDED))
+    return (*EMBEDDED, *(name for name in names if name not in EMBEDDED))
 
 
 def read_suite(name: str) -> Suite:

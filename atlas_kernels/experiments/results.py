@@ -27,7 +27,8 @@ class Records:
     Attributes:
         path: ``results.json``.
         suite: what was asked for.
-        done: each run's "metrics" and "seconds".
+        done: each run's "metrics"; "seconds" of all of it; and, where a method tells them apart,
+            "learning_seconds" without loading and testing.
     """
 
     path: Path
@@ -70,15 +71,17 @@ class Records:
         )
 
     def _read(self) -> None:
-        advice = f"choose another folder with -o, or delete {self.path}"
+        advice = f"choose another folder, or delete {self.path}"
         try:
             contents = json.loads(self.path.read_text(encoding="utf-8"))
             suite, runs = contents["suite"], contents["runs"]
             done = {Cell(**record.pop("cell")): record for record in runs}
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{self.path} is not a results file of a suite: {advice}") from error
-        if suite != self.suite.model_dump(mode="json") or contents.get("format") != _FORMAT:
-            raise ValueError(f"{self.path} holds the results of other settings: {advice}")
+        ours = self.suite.model_dump(mode="json")
+        if suite != ours or contents.get("format") != _FORMAT:
+            what = _difference(suite, ours)
+            raise ValueError(f"{self.path} holds the results of other settings{what}: {advice}")
         self.done = done
 
 
@@ -118,6 +121,18 @@ def entry(
     common = set.intersection(*(set(seeds) for seeds in scores.values()))
     by_seed = [statistics.fmean(s[seed] for s in scores.values()) for seed in common]
     return Entry(statistics.fmean(means), standard_error(by_seed), by_target)
+
+
+def _difference(theirs: Any, ours: Any, where: str = "") -> str:
+    """The first setting that differs, in words; nothing if none does."""
+    if isinstance(theirs, dict) and isinstance(ours, dict):
+        pairs = {key: (theirs.get(key), ours.get(key)) for key in {**theirs, **ours}}
+    elif isinstance(theirs, list) and isinstance(ours, list) and len(theirs) == len(ours):
+        pairs = dict(enumerate(zip(theirs, ours, strict=True)))
+    else:
+        return "" if theirs == ours else f" ({where}: {theirs} there, {ours} here)"
+    found = (_difference(*pair, f"{where}.{key}".strip(".")) for key, pair in pairs.items())
+    return next(filter(None, found), "")
 
 
 def _metric(metrics: Any, name: str) -> float | None:

@@ -3,30 +3,40 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tqdm.auto import tqdm
 
 from .config import AdditionRun, Cell, NegationRun, Run, Source, Suite, Vectors
-from .methods import Setting, perform
+from .files import write_models
+from .methods import perform
 from .processes import default_processes, run_jobs
 from .results import Records
+from .setting import Setting
 from .workspace import Workspace, open_workspace
 
 VECTORS = "vectors"
 
 
 def run_suite(
-    suite: Suite, folder: Path, *, processes: int | None = None, progress: bool = True
+    suite: Suite,
+    folder: Path,
+    *,
+    kept: Collection[Cell] = (),
+    processes: int | None = None,
+    progress: bool = True,
 ) -> Records:
     """Runs what ``folder`` lacks; interrupted, the same call goes on.
 
     Args:
         suite: what to run.
         folder: gets ``results.json``, ``config.yaml`` and whatever vectors had to be made.
+        kept: runs that learn coefficients, one per target: ``folder`` gets those, and the merged
+            model, as well (`kept_file`).
         processes: one thread each; one per core, at most eight, by default.
         progress: shows a progress bar on standard error.
 
@@ -36,27 +46,72 @@ def run_suite(
     """
     records = Records.open(folder, suite)
     runs = list(suite.runs())
-    missing = [(cell, run) for cell, run in runs if cell not in records.done]
-    if missing:
-        # Here, and not in every process at once: what is missing is said, and made, once.
-        space = open_workspace(suite.source, folder / VECTORS)
-        for kind in sorted({run.vectors for _, run in missing}):
-            space.vectors(kind, sorted(_needed(space, kind, [run for _, run in missing])))
-        _check_images(space, [run for _, run in missing])
-    function = partial(run_cell, source=suite.source, cache_folder=folder / VECTORS)
-    with tqdm(
-        total=len(runs),
-        initial=len(runs) - len(missing),
-        desc=suite.name,
-        unit="run",
-        disable=not progress,
-        leave=False,
-    ) as bar:
+    missing = [
+        (cell, run)
+        for cell, run in runs
+        if cell not in records.done or (cell in kept and not _is_kept(folder, cell))
+    ]
+    # What does not depend on the axis is short: last, it leaves no process without work for long.
+    missing.sort(key=lambda item: item[0].value is None)
+    function = partial(run_cell, source=suite.source, folder=folder, kept=kept)
+    with (
+        _going_on(records, len(runs)),
+        tqdm(
+            total=len(runs),
+            initial=len(runs) - len(missing),
+            desc=suite.name,
+            unit="run",
+            disable=not progress,
+            leave=False,
+        ) as bar,
+    ):
+        if missing:
+            _prepare(open_workspace(suite.source, folder / VECTORS), [run for _, run in missing])
         for cell, record in run_jobs(function, missing, processes or default_processes()):
             records.add(cell, record)
             bar.set_postfix_str(f"{cell.experiment}: {cell.arm}")
             bar.update()
     return records
+
+
+def kept_file(folder: Path, kind: Literal["coefficients", "merged"], cell: Cell) -> Path:
+    """Where the coefficients, or the merged model, of a kept run are."""
+    return folder / f"{kind}{_suffix(cell)}.safetensors"
+
+
+def _suffix(cell: Cell) -> str:
+    return f"-{cell.target}"
+
+
+def _is_kept(folder: Path, cell: Cell) -> bool:
+    return all(kept_file(folder, kind, cell).is_file() for kind in ("coefficients", "merged"))
+
+
+@contextmanager
+def _going_on(records: Records, total: int) -> Iterator[None]:
+    """Whatever stops the runs says what is finished, and how to go on."""
+    try:
+        yield
+    except (KeyboardInterrupt, OSError, RuntimeError) as error:
+        hint = (
+            f"{len(records.done)} of {total} runs are finished and kept in {records.path.parent}; "
+            "the same command goes on"
+        )
+        if isinstance(error, KeyboardInterrupt):
+            raise KeyboardInterrupt(hint) from None
+        if isinstance(error, OSError):
+            # Without a number it is ours, and says what to do already.
+            if error.errno is None:
+                raise
+            raise OSError(error.errno, f"{error.strerror or error}; {hint}") from error
+        raise RuntimeError(f"{error}; {hint}") from error
+
+
+def _prepare(space: Workspace, runs: Sequence[Run]) -> None:
+    """Here, and not in every process at once: what is missing is said, and made, once."""
+    for kind in sorted({run.vectors for run in runs}):
+        space.vectors(kind, sorted(_needed(space, kind, runs)))
+    _check_images(space, runs)
 
 
 def _needed(space: Workspace, kind: Vectors, runs: Sequence[Run]) -> set[str]:
@@ -90,13 +145,19 @@ def _missing_images(space: Workspace, name: str) -> str | None:
 
 
 def run_cell(
-    job: tuple[Cell, Run], *, source: Source, cache_folder: Path
+    job: tuple[Cell, Run], *, source: Source, folder: Path, kept: Collection[Cell]
 ) -> tuple[Cell, dict[str, Any]]:
     """One run, and its record."""
     cell, run = job
     started = time.perf_counter()
-    result = perform(Setting(_workspace(source, cache_folder), run, progress=False))
-    return cell, {"metrics": result.metrics, "seconds": round(time.perf_counter() - started, 3)}
+    result = perform(Setting(_workspace(source, folder / VECTORS), run, progress=False))
+    record: dict[str, Any] = {"metrics": result.metrics}
+    if result.seconds is not None:
+        record["learning_seconds"] = round(result.seconds, 3)
+    if cell in kept:
+        write_models(result, folder, _suffix(cell))
+    record["seconds"] = round(time.perf_counter() - started, 3)
+    return cell, record
 
 
 @cache

@@ -16,13 +16,14 @@ from tqdm.auto import tqdm
 
 from ..bank import TaskVectorBank
 from ..checkpoints import digest, read_state_dict
-from ..clip import build_model, load_embedded_model, preprocess_for, zero_shot_head
+from ..clip import build_model, preprocess_for, zero_shot_head
 from ..data import ImageTask, embedded_out_of_domain, embedded_task, load_task, task_names
 from ..data.catalog import CATALOG, load_images
 from ..data.folder import load_folder
 from ..data.out_of_domain import OutOfDomain, load_out_of_domain
-from ..demo.assets import asset_folder, load_task_vectors
-from ..demo.vectors import Kind, make_vector
+from ..embedded import WEIGHTS
+from ..embedded.assets import load_model, load_task_vectors
+from ..embedded.vectors import Kind, make_vector
 from ..learn import features
 from ..task_vector import TaskVector
 from .config import Checkpoints, Embedded, Own, Run, Source, Vectors
@@ -128,16 +129,17 @@ def open_workspace(source: Source, cache_folder: Path | None = None) -> Workspac
         OSError, ValueError: files are missing or do not fit; the message says which.
     """
     if isinstance(source, Embedded):
-        return EmbeddedWorkspace(cache_folder)
+        return EmbeddedWorkspace(cache_folder, source.assets or WEIGHTS)
     return OwnWorkspace(source) if isinstance(source, Own) else CheckpointWorkspace(source)
 
 
 class EmbeddedWorkspace(Workspace):
-    """The model, vectors and tasks that come with the package."""
+    """The tasks that come with the package, and a model and vectors of them."""
 
-    def __init__(self, cache_folder: Path | None = None) -> None:
+    def __init__(self, cache_folder: Path | None = None, assets: Path = WEIGHTS) -> None:
         super().__init__()
         self._cache_folder = cache_folder
+        self._assets = assets
 
     @property
     def description(self) -> str:
@@ -155,11 +157,11 @@ class EmbeddedWorkspace(Workspace):
 
     def head(self, name: str) -> Tensor:
         """See `Workspace`."""
-        return _embedded_head(name)
+        return _embedded_head(name, self._assets)
 
     def encoder(self) -> nn.Module:
         """See `Workspace`."""
-        return copy.deepcopy(_embedded_model().get_submodule("visual"))
+        return copy.deepcopy(_embedded_model(self._assets).get_submodule("visual"))
 
     def vector_names(self, kind: Vectors) -> tuple[str, ...]:
         """See `Workspace`."""
@@ -173,11 +175,11 @@ class EmbeddedWorkspace(Workspace):
                 f"no task vector of {unknown[0]!r}: choose of {', '.join(task_names())}"
             )
         if kind == "standard":
-            return {name: _embedded_vectors()[name] for name in names}
+            return {name: _embedded_vectors(self._assets)[name] for name in names}
         if self._cache_folder is None:
             raise ValueError(f"{kind} vectors of the embedded tasks have to be made: name a folder")
         short: Kind = "linear" if kind == "linear" else "lora"
-        return _made_vectors(short, names, self._cache_folder)
+        return _made_vectors(short, names, self._cache_folder, self._assets)
 
     def related(self, name: str, target: str) -> bool:
         """See `Workspace`."""
@@ -404,29 +406,26 @@ def describe_layout(source: Checkpoints) -> str:
 
 
 @cache
-def _embedded_model() -> nn.Module:
-    return load_embedded_model()
+def _embedded_model(assets: Path) -> nn.Module:
+    return load_model(assets)
 
 
 @cache
-def _embedded_vectors() -> dict[str, TaskVector]:
-    model = _embedded_model()
-    visual = model.get_submodule("visual")
-    base = {name: digest(parameter) for name, parameter in visual.named_parameters()}
-    return {
-        name: TaskVector({key: deltas[key] for key in base}, base=base, name=name)
-        for name, deltas in load_task_vectors(folder=asset_folder(), base=model).items()
-    }
+def _embedded_vectors(assets: Path) -> dict[str, TaskVector]:
+    return load_task_vectors(task_names(), folder=assets, base=_embedded_model(assets))
 
 
-def _made_vectors(kind: Kind, names: Sequence[str], folder: Path) -> dict[str, TaskVector]:
+def _made_vectors(
+    kind: Kind, names: Sequence[str], folder: Path, assets: Path
+) -> dict[str, TaskVector]:
     """From files, or made first: then with a progress bar, and what is finished is kept."""
     missing = [name for name in names if not (folder / f"{kind}-{name}.safetensors").exists()]
-    made = run_jobs(partial(make_vector, kind=kind, folder=folder), missing, default_processes())
+    make = partial(make_vector, kind=kind, folder=folder, assets=assets)
+    made = run_jobs(make, missing, default_processes())
     bar = tqdm(made, total=len(missing), desc=f"{kind} vectors", disable=not missing, leave=False)
     for _ in bar:
         pass
-    return {name: make_vector(name, kind, folder) for name in names}
+    return {name: make(name) for name in names}
 
 
 @cache
@@ -435,9 +434,9 @@ def _embedded_task(name: str) -> ImageTask:
 
 
 @cache
-def _embedded_head(name: str) -> Tensor:
+def _embedded_head(name: str, assets: Path) -> Tensor:
     task = load_task(name)
-    return zero_shot_head(_embedded_model(), task.classnames, task.templates)
+    return zero_shot_head(_embedded_model(assets), task.classnames, task.templates)
 
 
 def _device() -> torch.device:

@@ -1,4 +1,4 @@
-"""The assets of the demo as files: one model, and one int8 file per task vector.
+"""The embedded model and its task vectors as files: int8, one per task.
 
 A folder of assets holds ``model.safetensors`` (see `atlas_kernels.clip.save_embedded_model`) and
 ``vector-{task}.safetensors``. A vector stores every tensor as int8 codes ``codes/{parameter}`` with
@@ -9,7 +9,6 @@ Its metadata carries the fingerprint of the base that it was taken from; another
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,15 +18,11 @@ from torch import Tensor, nn
 
 from ..checkpoints import digest, read_tensors, write_tensors
 from ..clip import load_embedded_model
+from ..task_vector import TaskVector
+from . import MODEL_FILE, WEIGHTS
 
-MODEL_FILE = "model.safetensors"
 _VECTOR_PREFIX = "vector-"
 _KIND = "demo_vector"
-
-
-def asset_folder() -> Path:
-    """Where the assets that ship with the package lie."""
-    return Path(__file__).resolve().parent / "embedded"
 
 
 def fingerprint(module: nn.Module) -> str:
@@ -92,26 +87,24 @@ def read_task_vector(path: Path, base: str) -> dict[str, Tensor]:
     return {name: tensors[f"codes/{name}"] * tensors[f"scale/{name}"] for name in names}
 
 
-def load_model(folder: str | os.PathLike[str] | None = None) -> nn.Module:
+def load_model(folder: Path = WEIGHTS) -> nn.Module:
     """The base model (open_clip ``CLIP``, float32, eval mode) of a folder of assets."""
-    return load_embedded_model(_root(folder) / MODEL_FILE)
+    return load_embedded_model(folder / MODEL_FILE)
 
 
-def task_vector_names(folder: str | os.PathLike[str] | None = None) -> tuple[str, ...]:
+def task_vector_names(folder: Path = WEIGHTS) -> tuple[str, ...]:
     """The tasks that a folder of assets holds a vector of, sorted."""
-    paths = _root(folder).glob(f"{_VECTOR_PREFIX}*.safetensors")
+    paths = folder.glob(f"{_VECTOR_PREFIX}*.safetensors")
     return tuple(sorted(path.stem.removeprefix(_VECTOR_PREFIX) for path in paths))
 
 
 def load_task_vectors(
     names: Sequence[str] | None = None,
     *,
-    folder: str | os.PathLike[str] | None = None,
+    folder: Path = WEIGHTS,
     base: nn.Module | None = None,
-) -> dict[str, dict[str, Tensor]]:
-    """Float32 deltas of the image encoder (``model.visual``), by task and by parameter name.
-
-    The fine-tuned model of a task is the base plus its delta.
+) -> dict[str, TaskVector]:
+    """Task vectors of the image encoder (``model.visual``) in float32, bound to it, by task.
 
     Args:
         names: of tasks, by default all of `task_vector_names`.
@@ -126,18 +119,20 @@ def load_task_vectors(
     missing = [name for name in chosen if name not in available]
     if missing:
         raise ValueError(
-            f"no task vector of {', '.join(missing)} in {_root(folder)}: expected some of"
+            f"no task vector of {', '.join(missing)} in {folder}: expected some of"
             f" {', '.join(available)}"
         )
-    model = load_model(folder) if base is None else base
-    expected = fingerprint(model.get_submodule("visual"))
-    return {name: read_task_vector(vector_path(_root(folder), name), expected) for name in chosen}
+    visual = (load_model(folder) if base is None else base).get_submodule("visual")
+    expected = fingerprint(visual)
+    digests = {name: digest(parameter) for name, parameter in visual.named_parameters()}
+    vectors = {}
+    for name in chosen:
+        deltas = read_task_vector(vector_path(folder, name), expected)
+        # In the model's order, whatever that of the file is.
+        vectors[name] = TaskVector({key: deltas[key] for key in digests}, base=digests, name=name)
+    return vectors
 
 
 def vector_path(folder: Path, name: str) -> Path:
     """The file of one task's vector in a folder of assets."""
     return folder / f"{_VECTOR_PREFIX}{name}.safetensors"
-
-
-def _root(folder: str | os.PathLike[str] | None) -> Path:
-    return asset_folder() if folder is None else Path(folder)

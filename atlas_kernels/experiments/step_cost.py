@@ -4,31 +4,22 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
-from .. import ComposedModel, TaskVector, TaskVectorBank
-from ..clip import ImageClassifier
+from ..bank import TaskVectorBank
 from ..codecs import codec_named
 from ..low_rank import to_dense
 from ..memory import PeakMemory
+from .setting import Setting
 
 
-def step_cost(
-    visual: nn.Module,
-    vectors: Sequence[TaskVector],
-    head: Tensor,
-    images: Tensor,
-    labels: Tensor,
-    *,
-    codec: str = "bf16",
-    repeats: int = 15,
-) -> dict[str, Any]:
+def step_cost(setting: Setting, *, repeats: int = 15) -> dict[str, Any]:
     """Measures compose + forward + backward, ours beside the loop, on PyTorch's current threads.
 
     The loop is what one writes without this package: ``theta = base + sum(c * delta)``, block by
@@ -37,33 +28,28 @@ def step_cost(
     so that both see the same machine.
 
     Args:
-        visual: the image encoder; its parameters stop requiring gradients.
-        vectors: N task vectors of it.
-        head: [C, d].
-        images: the model's input, one batch.
-        labels: int64, one per image.
-        codec: of our bank.
+        setting: a run per block on a task, stored as a floating-point type.
         repeats: how often each is timed.
 
     Returns:
         For "fused" and "loop": "seconds" (median), "quartiles", "peak_bytes" of tensors that one
         step makes, and "stored_bytes" of the task vectors; and what was measured.
     """
-    bank = TaskVectorBank.from_task_vectors(visual, vectors, codec=codec)
-    composed = ComposedModel(visual, bank)
-    model = ImageClassifier(composed, head).train()
-    coef = composed.coef
+    composed = setting.compose()
+    bank, coef = composed.bank, composed.coef
+    model = setting.classifier(composed).train()
+    images, labels = next(iter(setting.batches(setting.space.task(setting.target).train).epoch(0)))
     # As stored, so that both add the same numbers.
     deltas = [
         [to_dense(vector.deltas[block]).to(_stored(bank)).float() for block in bank.blocks]
-        for vector in vectors
+        for vector in setting.vectors().values()
     ]
     base = list(bank.base.values())
 
     def fused() -> Tensor:
         return torch.autograd.grad(cross_entropy(model(images), labels), coef)[0]
 
-    plain = ImageClassifier(visual, head).train()
+    plain = setting.classifier(setting.space.encoder().requires_grad_(False)).train()
 
     def loop() -> Tensor:
         weights = {}
@@ -93,12 +79,12 @@ def step_cost(
         "loop": sum(delta.nbytes for vector in deltas for delta in vector),
     }
     return {
-        "vectors": len(vectors),
+        "vectors": len(deltas),
         "blocks": len(bank.blocks),
         "batch": len(labels),
         "threads": torch.get_num_threads(),
         "repeats": repeats,
-        "codec": codec,
+        "codec": bank.codec,
         "gradient_difference": float(difference),
         **{
             name: {

@@ -1,6 +1,6 @@
 """Extracts the embedded images from the packages that carry them (a one-off, kept as a record).
 
-    python -m atlas_kernels.demo.make_images --animals DIR --fashion DIR --mnist FILE --out DIR
+    python -m atlas_kernels.embedded.make_images --animals DIR --fashion DIR --mnist FILE --out DIR
 
 ``--animals``: the folder with ``animal_data_version_3.gz`` and ``animal_label_version_3.gz``
 (package ``animal-shape-mnist``); ``--fashion``: the folder with the IDX files

@@ -5,7 +5,6 @@ Those of all weights ship (see `assets`); these take seconds each.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Literal
 
@@ -15,6 +14,7 @@ from ..clip import zero_shot_head
 from ..data import embedded_task
 from ..learn import LinearTuning, LoraTuning, Recipe, Tuning, finetune
 from ..task_vector import TaskVector
+from . import WEIGHTS
 from .assets import load_model
 
 Kind = Literal["linear", "lora"]
@@ -28,26 +28,27 @@ RECIPES: dict[Kind, Recipe] = {
 _BATCH = 64
 
 
-def make_vector(task: str, kind: Kind, folder: str | os.PathLike[str]) -> TaskVector:
+def make_vector(task: str, kind: Kind, folder: Path, assets: Path = WEIGHTS) -> TaskVector:
     """The task vector of an embedded task, from ``folder`` if it is there, else made and written.
 
-    Bound to the image encoder of the embedded model. On one core a linearised one takes about 12
+    Bound to the model's image encoder. On one core a linearised one takes about 12
     seconds, a LoRA (rank 16) about 5.
 
     Args:
         task: one of ``task_names()``.
         kind: "linear", for `LinearizedModel`, or "lora".
         folder: created if need be; holds ``{kind}-{task}.safetensors``.
+        assets: the folder of the model, by default the one that ships with us.
 
     Raises:
         ValueError: an unknown task.
         FileFormatError: the folder holds something else under this name.
     """
     data = embedded_task(task)
-    path = Path(folder) / f"{kind}-{task}.safetensors"
+    path = folder / f"{kind}-{task}.safetensors"
     if path.exists():
         return TaskVector.load(path)
-    model = load_model()
+    model = load_model(assets)
     head = zero_shot_head(model, data.classnames, data.templates)
     tuning = _tuning(kind, model.get_submodule("visual"))
     vector = finetune(

@@ -1,6 +1,6 @@
-"""Makes the demo's assets from its images alone: pre-train the base, fine-tune it on every task.
+"""Makes the embedded assets from the images alone: pre-train the base, fine-tune it on each task.
 
-    python -m atlas_kernels.demo.make_assets FOLDER
+    python -m atlas_kernels.embedded.make_assets FOLDER
 
 Finished stages (the base, each task vector) are files and are kept: a second call with the same
 settings goes on where the first was interrupted.
@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import copy
 import math
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -42,7 +41,8 @@ from ..data import (
     task_names,
 )
 from ..learn import accuracy
-from .assets import MODEL_FILE, fingerprint, save_task_vector, vector_path
+from . import MODEL_FILE
+from .assets import fingerprint, save_task_vector, vector_path
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class AssetRecipe:
 
 
 def make_assets(
-    out_dir: str | os.PathLike[str],
+    out: Path,
     *,
     seed: int = 0,
     progress: bool = True,
@@ -85,7 +85,7 @@ def make_assets(
     about eight minutes on two cores.
 
     Args:
-        out_dir: created if need be.
+        out: created if need be.
         seed: of initialisation, order, shifts and crops.
         progress: shows progress bars on standard error.
         recipe: by default the one that made the shipped assets.
@@ -100,7 +100,6 @@ def make_assets(
     if unknown:
         raise ValueError(f"unknown tasks {', '.join(unknown)}: choose of {', '.join(task_names())}")
     settings = {"seed": seed, "recipe": asdict(recipe)}
-    out = Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
     model_path = out / MODEL_FILE
     if not model_path.exists():

@@ -1,0 +1,213 @@
+"""Few-shot runs: what learns, how, and what is measured besides."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..clip import ImageClassifier
+from ..composed import ComposedModel
+from ..data import LabelledImages
+from ..learn import (
+    GRID,
+    TIP_JOINT,
+    Learned,
+    classify,
+    features,
+    gradient_scores,
+    isotropic,
+    learn,
+    learn_gradient_free,
+    lp_plus_plus,
+    norm_matched,
+    random_basis,
+    sample_shots,
+    search,
+    select_blocks,
+    select_by_features,
+    select_random,
+    select_vectors,
+    single_vector,
+    summed_cross_entropy,
+    tip_adapter,
+    virtual_vectors,
+)
+from ..memory import PeakMemory
+from ..task_vector import TaskVector
+from .config import FewShotRun
+from .setting import Result, Setting
+from .workspace import OwnWorkspace
+
+
+def few_shot(setting: Setting) -> Result:
+    """Does what a `FewShotRun` says."""
+    run = cast(FewShotRun, setting.run)
+    train = setting.space.task(setting.target).train
+    few = train.subset(sample_shots(train.labels.cpu(), run.shots, run.seed))
+    model = setting.classifier(_start(setting, few))
+    peak = _peak_memory(setting, model, few) if run.peak_memory else None
+    started = time.perf_counter()
+    learned = _fit(setting, model, few)
+    adapted = model if run.adapter == "none" else _adapted(setting, model, few)
+    seconds = time.perf_counter() - started
+    result = setting.result(model, learned)
+    if adapted is not model:
+        result.metrics |= setting.result(adapted).metrics
+        result.model = adapted
+    result.seconds = seconds
+    if peak is not None:
+        result.metrics["peak_bytes"] = peak
+    if run.out_of_domain:
+        result.metrics |= _shifted(setting, adapted)
+    return result
+
+
+def _start(setting: Setting, few: LabelledImages) -> nn.Module:
+    """The encoder before anything is learned."""
+    run, space = cast(FewShotRun, setting.run), setting.space
+    if run.how in ("zero-shot", "fine-tune"):
+        return space.encoder().requires_grad_(run.how == "fine-tune")
+    if run.how == "own":
+        return setting.finetuned(space.vectors(run.vectors, [setting.target]))
+    return setting.compose(None if isinstance(space, OwnWorkspace) else _chosen(setting, few))
+
+
+def _fit(setting: Setting, model: ImageClassifier, few: LabelledImages) -> Learned | None:
+    """Learns, or searches, or leaves the model as it is."""
+    run = cast(FewShotRun, setting.run)
+    if run.how in ("coefficients", "fine-tune"):
+        return setting.learn(model, setting.repeated(few))
+    if run.how in ("search", "single"):
+        encoder = cast(ComposedModel, model.encoder)
+        candidates = isotropic if run.how == "search" else single_vector
+        grid = run.factors or GRID
+        search(encoder, candidates(encoder.coef, grid), lambda: setting.validate(model))
+    elif run.how == "gradient-free":
+        learn_gradient_free(
+            cast(ComposedModel, model.encoder),
+            lambda: summed_cross_entropy(model, few),
+            seed=run.seed,
+            progress=setting.progress,
+        )
+    return None
+
+
+def _adapted(setting: Setting, model: ImageClassifier, few: LabelledImages) -> nn.Module:
+    run = cast(FewShotRun, setting.run)
+    validation = setting.space.task(setting.target).validation
+    if run.adapter == "lp++":
+        return lp_plus_plus(model, few, validation, seed=run.seed, progress=setting.progress).model
+    joint = run.how == "coefficients"
+    return tip_adapter(
+        model,
+        few,
+        validation,
+        # As published: twice the epochs of the coefficients alone.
+        replace(TIP_JOINT, epochs=2 * run.resolved("epochs"), seed=run.seed) if joint else None,
+        joint=joint,
+        batch_size=run.resolved("batch"),
+        progress=setting.progress,
+    ).model
+
+
+def _chosen(setting: Setting, few: LabelledImages) -> dict[str, TaskVector]:
+    """The vectors that learn: all, a budget of them, or noise in their place."""
+    run = cast(FewShotRun, setting.run)
+    vectors = setting.vectors()
+    if run.select != "all":
+        vectors = _selected(setting, vectors, few)
+    if run.bases == "matched":
+        noise = (norm_matched(vector, run.seed + i) for i, vector in enumerate(vectors.values()))
+        return {vector.name: vector for vector in noise}
+    if run.bases == "random":
+        base = dict(setting.space.encoder().named_parameters())
+        return {vector.name: vector for vector in random_basis(base, len(vectors), run.seed)}
+    return vectors
+
+
+def _selected(
+    setting: Setting, vectors: Mapping[str, TaskVector], few: LabelledImages
+) -> dict[str, TaskVector]:
+    run, space = cast(FewShotRun, setting.run), setting.space
+    budget, names = cast(int, run.budget), list(vectors)
+    if run.select == "random":
+        chosen = select_random(len(names), budget, run.seed)
+    elif run.select == "features":
+        base = space.encoder()
+        theirs = [space.features(name) for name in names]
+        chosen = select_by_features(features(base, few.images), theirs, budget)
+    else:
+        encoder = setting.compose(vectors)
+        scores = gradient_scores(setting.classifier(encoder), encoder, setting.batches(few))
+        if run.select == "block":
+            blocks = encoder.bank.blocks
+            table = select_blocks(scores, blocks, budget)
+            virtual = virtual_vectors(list(vectors.values()), table, blocks)
+            return {vector.name: vector for vector in virtual}
+        chosen = select_vectors(scores, budget)
+    return {names[i]: vectors[names[i]] for i in chosen.tolist()}
+
+
+def _shifted(setting: Setting, model: nn.Module) -> dict[str, Any]:
+    """Accuracies under the images' other shifts, and their mean."""
+    shifts = {
+        other.name: setting.score(Rows(model, other.rows), other.test)
+        for other in setting.space.out_of_domain(setting.target)
+    }
+    return {"shifts": shifts, "shifted": statistics.fmean(shifts.values())}
+
+
+def _peak_memory(setting: Setting, model: nn.Module, few: LabelledImages) -> int:
+    """Peak bytes of a learning step; of evaluating a batch where nothing learns by gradients."""
+    run = cast(FewShotRun, setting.run)
+    if run.how not in ("coefficients", "fine-tune"):
+        images = setting.space.task(setting.target).validation.images
+        batch = images.plain(torch.arange(min(len(images), run.resolved("batch"))))
+        with PeakMemory() as memory, torch.no_grad():
+            model.eval()(batch)
+        return memory.peak
+    step = next(iter(setting.repeated(few).epoch(0)))
+    with PeakMemory() as memory:
+        # No epoch is better than the start: the model comes back as it was.
+        learn(
+            model,
+            classify,
+            _Twice(step),
+            replace(run.training(), epochs=1),
+            evaluate=lambda _: 0.0,
+            progress=False,
+        )
+    return memory.peak
+
+
+class _Twice:
+    # The optimizer's state exists from the first step on and counts in every later one.
+    def __init__(self, batch: tuple[Tensor, Tensor]) -> None:
+        self.batch = batch
+
+    def __len__(self) -> int:
+        return 2
+
+    def epoch(self, index: int) -> Iterator[tuple[Tensor, Tensor]]:
+        yield self.batch
+        yield self.batch
+
+
+class Rows(nn.Module):
+    """The logits of some of a model's classes: as if all others had the logit -inf."""
+
+    def __init__(self, model: nn.Module, rows: Tensor) -> None:
+        super().__init__()
+        self.model = model
+        self.rows = rows
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits [b, K] for K rows."""
+        logits: Tensor = self.model(images)
+        return logits[:, self.rows.to(logits.device)]
