@@ -3,15 +3,14 @@
     python -m bench.accuracy FOLDER [--codecs bf16 int4 ...] [--shots 16] [--seeds 3] [--epochs 5]
 
 Learns coefficients per block (aTLAS) from the same shots with the same bank in every codec, and
-prints mean test accuracies, differences to bf16 paired by target and seed, and relative errors of
-the deltas. FOLDER keeps finished cells, so that an interrupted run goes on, and receives
+prints mean test accuracies, differences to the first codec paired by target and seed, and relative
+errors of the deltas. FOLDER keeps finished runs, so that an interrupted one goes on, and receives
 accuracy.json and accuracy.png.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from pathlib import Path
 from typing import Any
@@ -21,19 +20,14 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from atlas_kernels import TaskVector, TaskVectorBank, plots
-from atlas_kernels.clip import load_embedded_model
-from atlas_kernels.demo.assets import asset_folder, load_task_vectors
-from atlas_kernels.demo.experiment import (
-    TARGETS,
-    Grid,
-    Results,
-    run_grid,
-)
-from atlas_kernels.experiments.processes import default_processes
+from atlas_kernels import TaskVectorBank, plots
+from atlas_kernels.embedded.assets import load_model, load_task_vectors
+from atlas_kernels.experiments.config import Suite, checked
+from atlas_kernels.experiments.published import read_suite
+from atlas_kernels.experiments.results import Entry, entry, standard_error, write_json
+from atlas_kernels.experiments.suite import run_suite
 
 CODECS = ("bf16", "int8", "int4", "int3", "int2", "sign", "auto:3", "auto:2")
-METHOD = "block"
 
 
 def main() -> None:
@@ -41,60 +35,57 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.accuracy", description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--codecs", nargs="+", default=list(CODECS))
-    parser.add_argument("--targets", nargs="+", default=list(TARGETS))
+    parser.add_argument("--targets", nargs="+", default=list(targets()))
     parser.add_argument("--shots", type=int, default=16)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=5)
     args = parser.parse_args()
-    rows: list[dict[str, Any]] = []
-    for codec in args.codecs:
-        grid = Grid(
-            targets=tuple(args.targets),
-            shots=(args.shots,),
-            seeds=tuple(range(args.seeds)),
-            methods=("zero_shot", METHOD),
-            epochs=args.epochs,
-            codec=codec,
-        )
-        folder = args.folder / codec.replace(":", "-")
-        results = Results.open(folder, grid, asset_folder(), default_processes())
-        run_grid(grid, folder, results, asset_folder())
-        records = {
-            (cell.target, cell.seed): record["accuracy"]
-            for cell, record in results.records.items()
-            if cell.method == METHOD
-        }
-        start = [r["accuracy"] for cell, r in results.records.items() if cell.method == "zero_shot"]
-        rows.append(
-            {
-                "codec": codec,
-                "accuracy": records,
-                "zero_shot": statistics.mean(start),
-                **stored(codec),
-            }
-        )
-    for row in rows:
-        row |= compared(row["accuracy"], rows[0]["accuracy"])
-    Console(width=100).print(table(rows, args.shots))
-    plots.save(figure(rows, args.shots), args.folder / "accuracy.png")
-    for row in rows:
-        row["accuracy"] = [
-            {"target": target, "seed": seed, "test": value}
-            for (target, seed), value in row["accuracy"].items()
-        ]
-    (args.folder / "accuracy.json").write_text(json.dumps(rows, indent=1))
+    suite = make_suite(args)
+    records = run_suite(suite, args.folder)
+    (experiment,) = suite.experiments
+    start, learned = experiment.arms
+    found = [entry(records, experiment, learned, codec, "test") for codec in args.codecs]
+    rows = [
+        {"codec": codec, **compared(its, found[0]), **stored(codec)}
+        for codec, its in zip(args.codecs, found, strict=True)
+    ]
+    zero_shot = entry(records, experiment, start, None, "test").mean
+    Console(width=100).print(table(rows, zero_shot, args.shots))
+    plots.save(figure(rows, zero_shot, args.shots), args.folder / "accuracy.png")
+    write_json(args.folder / "accuracy.json", {"zero_shot": zero_shot, "codecs": rows})
+
+
+def targets() -> tuple[str, ...]:
+    """The six of the full demo."""
+    return read_suite("demo-full").experiments[0].targets or ()
+
+
+def make_suite(args: argparse.Namespace) -> Suite:
+    """Zero-shot, and learning per block with every codec."""
+    zero_shot = {"label": "zero-shot", "fixed": True, "seeded": False}
+    shared = {"method": "few-shot", "recipe": "ours", "shots": args.shots, "epochs": args.epochs}
+    experiment = {
+        "name": "codecs",
+        "title": "Few-shot aTLAS by codec",
+        "settings": shared,
+        "arms": [{**zero_shot, "settings": {"how": "zero-shot"}}, {"label": "aTLAS"}],
+        "axis": {"field": "codec", "values": args.codecs, "label": "codec"},
+        "targets": args.targets,
+        "seeds": list(range(args.seeds)),
+    }
+    fields = {"name": "codecs", "version": 1, "title": "Codecs", "experiments": [experiment]}
+    return checked(Suite, fields, "bench.accuracy")
 
 
 def stored(codec: str) -> dict[str, float]:
     """Bits per weight, and relative error over all deltas, of the bank of all task vectors."""
     vectors = load_task_vectors()
-    base = load_embedded_model().get_submodule("visual").state_dict()
     bank = TaskVectorBank.from_task_vectors(
-        base, {name: TaskVector(deltas) for name, deltas in vectors.items()}, codec=codec
+        load_model().get_submodule("visual"), vectors, codec=codec
     )
     squares = torch.tensor(
         [
-            [float(vectors[name][block].double().square().sum()) for block in bank.blocks]
+            [float(vectors[name].deltas[block].double().square().sum()) for block in bank.blocks]
             for name in bank.names
         ]
     )
@@ -102,25 +93,33 @@ def stored(codec: str) -> dict[str, float]:
     return {"bits": bank.bits_per_weight, "error": error.sqrt().item()}
 
 
-def compared(
-    accuracy: dict[tuple[str, int], float], reference: dict[tuple[str, int], float]
-) -> dict[str, float]:
+def compared(its: Entry, reference: Entry) -> dict[str, Any]:
     """Mean accuracy, and the paired difference to the reference with its standard error."""
-    differences = [accuracy[key] - reference[key] for key in reference]
-    spread = statistics.stdev(differences) / len(differences) ** 0.5
+    differences = paired(its, reference)
     return {
-        "mean": statistics.mean(accuracy.values()),
+        "accuracy": its.by_target,
+        "mean": its.mean,
         "difference": statistics.mean(differences),
-        "difference_error": spread,
+        "difference_error": standard_error(differences) or 0.0,
     }
 
 
-def table(rows: list[dict[str, Any]], shots: int) -> Table:
+def paired(its: Entry, reference: Entry) -> list[float]:
+    """Differences by target and seed."""
+    return [
+        ours - theirs
+        for target, scores in its.by_target.items()
+        for ours, theirs in zip(scores, reference.by_target[target], strict=True)
+    ]
+
+
+def table(rows: list[dict[str, Any]], zero_shot: float, shots: int) -> Table:
     """Accuracy in per cent, differences in points."""
     made = Table(title=f"Few-shot aTLAS, k = {shots}, by codec of the bank")
-    for heading in ("codec", "bits", "error of deltas", "accuracy", "difference to bf16"):
+    reference = rows[0]["codec"]
+    for heading in ("codec", "bits", "error of deltas", "accuracy", f"difference to {reference}"):
         made.add_column(heading, justify="left" if heading == "codec" else "right")
-    made.add_row("(zero-shot)", "", "", f"{rows[0]['zero_shot']:.1%}", "")
+    made.add_row("(zero-shot)", "", "", f"{zero_shot:.1%}", "")
     for row in rows:
         difference = f"{100 * row['difference']:+.1f} +- {100 * row['difference_error']:.1f}"
         made.add_row(
@@ -128,12 +127,12 @@ def table(rows: list[dict[str, Any]], shots: int) -> Table:
             f"{row['bits']:.3f}",
             f"{row['error']:.1%}",
             f"{row['mean']:.1%}",
-            difference if row["codec"] != "bf16" else "",
+            difference if row["codec"] != reference else "",
         )
     return made
 
 
-def figure(rows: list[dict[str, Any]], shots: int) -> Figure:
+def figure(rows: list[dict[str, Any]], zero_shot: float, shots: int) -> Figure:
     """Accuracy against bits per weight."""
     made = plots.new_figure(7.0, 4.2)
     axes = made.subplots()
@@ -142,7 +141,7 @@ def figure(rows: list[dict[str, Any]], shots: int) -> Figure:
         axes.errorbar(
             row["bits"],
             100 * row["mean"],
-            yerr=100 * row["difference_error"] if row["codec"] != "bf16" else None,
+            yerr=100 * row["difference_error"] if row["difference_error"] else None,
             color=color,
             marker="o",
             capsize=3,
@@ -156,10 +155,10 @@ def figure(rows: list[dict[str, Any]], shots: int) -> Figure:
             ha="center",
             fontsize=8.5,
         )
-    axes.axhline(100 * rows[0]["zero_shot"], color=plots.GREY, linestyle="--")
+    axes.axhline(100 * zero_shot, color=plots.GREY, linestyle="--")
     axes.annotate(
         "zero-shot",
-        (1, 100 * rows[0]["zero_shot"]),
+        (1, 100 * zero_shot),
         xytext=(0, 4),
         textcoords="offset points",
         fontsize=8.5,
@@ -169,7 +168,7 @@ def figure(rows: list[dict[str, Any]], shots: int) -> Figure:
     axes.set_xticks([1, 2, 4, 8, 16], ["1", "2", "4", "8", "16"])
     axes.set_xlabel("bits per weight and task vector, scales included")
     axes.set_ylabel("mean test accuracy, %")
-    axes.set_ylim(100 * rows[0]["zero_shot"] - 5, 100 * max(row["mean"] for row in rows) + 5)
+    axes.set_ylim(100 * zero_shot - 5, 100 * max(row["mean"] for row in rows) + 5)
     axes.spines[["top", "right"]].set_visible(False)
     made.suptitle(
         f"Few-shot aTLAS (k = {shots}) on packed task vectors", x=0.01, ha="left", fontweight="bold"

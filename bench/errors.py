@@ -2,10 +2,10 @@
 
     python -m bench.errors
 
-On all task vectors of the demo: ``|decoded - delta| / |delta|`` over all their elements. In
-residual form N vectors share one stored vector, their mean in a few bits, and each keeps its
-difference from that as stored: RTVQ (arXiv 2503.06921). Beside it the budget of as many bits. The
-first eight vectors are more alike than vectors of different tasks are.
+On all embedded task vectors: ``|decoded - delta| / |delta|`` over all their elements. In residual
+form N vectors share one stored vector, their mean in a few bits, and each keeps its difference from
+that as stored: RTVQ (arXiv 2503.06921). Beside it the budget of as many bits. The first eight
+vectors are more alike than vectors of different tasks are.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.nn.functional import pad
 import atlas_kernels as ak
 from atlas_kernels.codecs import CODECS, Packed
 from atlas_kernels.codecs.packed import GROUP, quantize
-from atlas_kernels.demo.assets import load_task_vectors
+from atlas_kernels.embedded.assets import load_task_vectors
 
 # The shared vector's bits, the differences' bits.
 RESIDUALS = ((3, 2), (4, 2), (4, 1), (2, 2))
@@ -32,8 +32,8 @@ GROUPS = (32, 64, GROUP, 256, 512)
 def main() -> None:
     """Prints the tables."""
     vectors = load_task_vectors()
-    deltas = [delta.flatten() for vector in vectors.values() for delta in vector.values()]
-    table = Table(title="Relative error of the demo's task vectors; bits per weight in brackets")
+    deltas = [delta.flatten() for its in vectors.values() for delta in its.deltas.values()]
+    table = Table(title="Relative error of the embedded task vectors; bits per weight in brackets")
     table.add_column("codec")
     for size in GROUPS:
         table.add_column(f"one scale per {size}", justify="right")
@@ -48,8 +48,7 @@ def main() -> None:
     console = Console(width=120)
     console.print(table)
     for count in COUNTS:
-        some = dict(list(vectors.items())[:count])
-        console.print(residual_table({name: ak.TaskVector(its) for name, its in some.items()}))
+        console.print(residual_table(dict(list(vectors.items())[:count])))
 
 
 def residual_table(vectors: dict[str, ak.TaskVector]) -> Table:

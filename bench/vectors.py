@@ -4,29 +4,23 @@
 
 Makes the linearised and LoRA vectors of the source tasks that FOLDER lacks, learns coefficients per
 block (aTLAS) from the same shots with each kind, and prints mean test accuracies, differences to
-all weights paired by target and seed, and the time of learning. FOLDER receives vectors.json.
+all weights paired by target and seed, and the time of learning. FOLDER keeps finished runs, so that
+an interrupted one goes on.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import time
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal
 
-from atlas_kernels.demo.processes import run_jobs
 from rich.console import Console
 from rich.table import Table
 
-from atlas_kernels import ComposedModel, LinearizedModel, TaskVectorBank
-from atlas_kernels.clip import ImageClassifier
-from atlas_kernels.demo.assets import asset_folder
-from atlas_kernels.demo.experiment import Cell, Grid, Problem, default_processes
-from atlas_kernels.demo.vectors import Kind, make_vector
-from atlas_kernels.learn import Recipe, classify, learn
+from atlas_kernels.experiments.config import Suite, checked
+from atlas_kernels.experiments.results import Records, entry, standard_error
+from atlas_kernels.experiments.suite import run_suite
+from bench.accuracy import paired
 
 TARGETS = ("mnist-rotated", "fashion-inverted", "animals-noise")
 SOURCES = (
@@ -39,17 +33,17 @@ SOURCES = (
     "mnist-clean",
     "fashion-clean",
 )
-# What is learned of what: the vectors' kind (None: those that ship), how LoRA is composed, a model.
-KINDS: dict[str, tuple[Kind | None, Literal["product", "factorwise"], type[ComposedModel]]] = {
-    "all weights": (None, "product", ComposedModel),
-    "linearised": ("linear", "product", LinearizedModel),
-    "LoRA, product": ("lora", "product", ComposedModel),
-    "LoRA, factor-wise": ("lora", "factorwise", ComposedModel),
+ZERO_SHOT = "(zero-shot)"
+KINDS = {
+    "all weights": "standard",
+    "linearised": "linear",
+    "LoRA, product": "lora-product",
+    "LoRA, factor-wise": "lora-factorwise",
 }
 
 
 def main() -> None:
-    """Runs everything and prints the table."""
+    """Runs what is missing and prints the table."""
     parser = argparse.ArgumentParser(prog="python -m bench.vectors", description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--targets", nargs="+", default=list(TARGETS))
@@ -58,87 +52,52 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=5)
     args = parser.parse_args()
-    processes = default_processes()
-    wanted = [(task, kind) for kind in ("linear", "lora") for task in args.sources]
-    for task, kind in run_jobs(partial(made, folder=args.folder), wanted, processes):
-        print(f"{kind} vector of {task} is there", flush=True)
-    cells = [
-        (name, target, seed)
-        for name in KINDS
-        for target in args.targets
-        for seed in range(args.seeds)
-    ]
-    run = partial(learned, args=args)
-    records = sorted(
-        run_jobs(run, cells, processes), key=lambda record: list(KINDS).index(record["kind"])
-    )
-    Console(width=100).print(table(records, args.shots))
-    (args.folder / "vectors.json").write_text(json.dumps(records, indent=1))
+    Console(width=100).print(table(run_suite(make_suite(args), args.folder), args.shots))
 
 
-def made(job: tuple[str, Kind], folder: Path) -> tuple[str, Kind]:
-    """The job, when its vector is in the folder."""
-    make_vector(*job, folder)
-    return job
-
-
-def learned(cell: tuple[str, str, int], args: argparse.Namespace) -> dict[str, Any]:
-    """Accuracies on test before and after learning from a target's shots."""
-    name, target, seed = cell
-    kind, lora, model_class = KINDS[name]
-    problem = Problem(Cell(target, "block", args.shots, seed), Grid(), asset_folder())
-    sources = [task for task in args.sources if task != target]
-    if kind is None:
-        vectors = [vector for vector in problem.vectors if vector.name in sources]
-    else:
-        vectors = [make_vector(task, kind, args.folder) for task in sources]
-    bank = TaskVectorBank.from_task_vectors(problem.visual, vectors, codec="bf16", lora=lora)
-    model = ImageClassifier(model_class(problem.visual, bank), problem.head)
-    zero_shot = problem.test(model)
-    started = time.process_time()
-    learn(
-        model,
-        classify,
-        problem.batches(),
-        Recipe(args.epochs, seed=seed),
-        evaluate=problem.validate,
-        progress=False,
-    )
-    return {
-        "kind": name,
-        "target": target,
-        "seed": seed,
-        "coefficients": len(bank.names) * len(bank.blocks),
-        "bytes": bank.nbytes,
-        "seconds": time.process_time() - started,
-        "zero_shot": zero_shot,
-        "accuracy": problem.test(model),
+def make_suite(args: argparse.Namespace) -> Suite:
+    """Zero-shot, and learning with every kind of vectors."""
+    start = {"label": ZERO_SHOT, "seeded": False, "settings": {"how": "zero-shot"}}
+    kinds = [{"label": label, "settings": {"vectors": kind}} for label, kind in KINDS.items()]
+    experiment = {
+        "name": "vectors",
+        "title": "Few-shot aTLAS by kind of task vectors",
+        "settings": {
+            "method": "few-shot",
+            "recipe": "ours",
+            "shots": args.shots,
+            "epochs": args.epochs,
+            "sources": args.sources,
+        },
+        "arms": [start, *kinds],
+        "targets": args.targets,
+        "seeds": list(range(args.seeds)),
     }
+    fields = {"name": "vectors", "version": 1, "title": "Kinds", "experiments": [experiment]}
+    return checked(Suite, fields, "bench.vectors")
 
 
-def table(records: list[dict[str, Any]], shots: int) -> Table:
+def table(records: Records, shots: int) -> Table:
     """Accuracy in per cent, differences in points."""
     result = Table(title=f"Few-shot aTLAS, k = {shots}, by kind of task vectors")
-    for heading in ("vectors", "coefficients", "accuracy", "difference", "learning, s", "bank, MB"):
+    for heading in ("vectors", "coefficients", "accuracy", "difference", "learning, s"):
         result.add_column(heading, justify="left" if heading == "vectors" else "right")
-    start = statistics.mean(record["zero_shot"] for record in records)
-    result.add_row("(zero-shot)", "", f"{start:.1%}", "", "", "")
-    accuracy = {
-        name: {(r["target"], r["seed"]): r["accuracy"] for r in records if r["kind"] == name}
-        for name in KINDS
-    }
-    reference = accuracy[next(iter(KINDS))]
-    for name, its in accuracy.items():
-        mine = [record for record in records if record["kind"] == name]
-        differences = [100 * (its[key] - reference[key]) for key in reference]
-        error = statistics.stdev(differences) / len(differences) ** 0.5 if len(its) > 1 else 0.0
+    (experiment,) = records.suite.experiments
+    start, reference, *_ = (
+        entry(records, experiment, arm, None, "test") for arm in experiment.arms
+    )
+    result.add_row(ZERO_SHOT, "", f"{start.mean:.1%}", "", "")
+    for arm in experiment.arms[1:]:
+        its = entry(records, experiment, arm, None, "test")
+        mine = [record for cell, record in records.done.items() if cell.arm == arm.label]
+        differences = [100 * difference for difference in paired(its, reference)]
+        error = standard_error(differences) or 0.0
         result.add_row(
-            name,
-            str(mine[0]["coefficients"]),
-            f"{statistics.mean(its.values()):.1%}",
-            f"{statistics.mean(differences):+.1f} +- {error:.1f}" if its is not reference else "",
-            f"{statistics.mean(record['seconds'] for record in mine):.1f}",
-            f"{mine[0]['bytes'] / 1e6:.1f}",
+            arm.label,
+            str(mine[0]["metrics"]["parameters"]),
+            f"{its.mean:.1%}",
+            f"{statistics.mean(differences):+.1f} +- {error:.1f}" if any(differences) else "",
+            f"{statistics.mean(record['learning_seconds'] for record in mine):.1f}",
         )
     return result
 
