@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -51,13 +52,23 @@ def test_real_interrupt_of_two_processes(tmp_path: Path) -> None:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # Whoever starts the tests in the background has them ignore interrupts.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
-    results = tmp_path / "out" / "results.json"
+    try:
+        interrupt(process, tmp_path / "out" / "results.json")
+    finally:
+        if _alive(process.pid):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def interrupt(process: subprocess.Popen[str], results: Path) -> None:
+    """Interrupts the process after its first run, and sees that it ends as it should."""
     deadline = time.monotonic() + 240
     while time.monotonic() < deadline:
         if results.exists() and json.loads(results.read_text())["runs"]:
             break
-        assert process.poll() is None, process.stderr.read()
+        assert process.poll() is None, process.communicate()[1]
         time.sleep(0.1)
     # To the whole group, as a terminal does.
     os.killpg(process.pid, signal.SIGINT)
