@@ -5,7 +5,6 @@ import pickle
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -42,23 +41,22 @@ def pixels(count: int) -> np.ndarray:
     return colors[:, :, None, None].repeat(32, 2).repeat(32, 3)
 
 
-def cars(folder: Path) -> dict[str, dict]:
+def write_matrices(path: Path, contents: dict[str, np.ndarray]) -> None:
+    pytest.importorskip("scipy.io").savemat(path, contents)
+
+
+def cars(folder: Path) -> None:
     base = folder / "stanford_cars"
     for part in ("train", "test"):
         for index in range(20):
             write(base / f"cars_{part}" / f"{index:05}.jpg", index % 2)
-    annotations = {
-        "annotations": [{"fname": f"{i:05}.jpg", "class": np.uint8(i % 2 + 1)} for i in range(20)]
-    }
+    rows = [(f"{i:05}.jpg", i % 2 + 1) for i in range(20)]
+    annotations = {"annotations": np.array(rows, [("fname", object), ("class", np.uint8)])}
     (base / "devkit").mkdir()
-    files = {
-        "devkit/cars_meta.mat": {"class_names": np.array(["AM Hummer", "Acura RL"])},
-        "devkit/cars_train_annos.mat": annotations,
-        "cars_test_annos_withlabels.mat": annotations,
-    }
-    for name in files:
-        (base / name).touch()
-    return {Path(name).name: contents for name, contents in files.items()}
+    names = {"class_names": np.array(["AM Hummer", "Acura RL"], object)}
+    write_matrices(base / "devkit/cars_meta.mat", names)
+    write_matrices(base / "devkit/cars_train_annos.mat", annotations)
+    write_matrices(base / "cars_test_annos_withlabels.mat", annotations)
 
 
 def dtd(folder: Path) -> None:
@@ -101,13 +99,12 @@ def mnist(folder: Path) -> None:
         (raw / f"{part}-labels-idx1-ubyte").write_bytes(header + bytes([0, 1] * 10))
 
 
-def svhn(folder: Path) -> dict[str, dict]:
+def svhn(folder: Path) -> None:
     folder.mkdir(parents=True)
-    for part in ("train", "test"):
-        (folder / f"{part}_32x32.mat").touch()
     # In the files the digit zero is called 10.
     contents = {"X": pixels(20).transpose(2, 3, 1, 0), "y": np.array([[10], [1]] * 10)}
-    return {"train_32x32.mat": contents, "test_32x32.mat": contents}
+    for part in ("train", "test"):
+        write_matrices(folder / f"{part}_32x32.mat", contents)
 
 
 def cifar(folder: Path, name: str, files: dict[str, int], meta: str, names: str, key: str) -> None:
@@ -160,17 +157,14 @@ def fgvcaircraft(folder: Path) -> None:
     (data / "variants.txt").write_text("707-320\nIl-76 of old\n")
 
 
-def flowers102(folder: Path) -> dict[str, dict]:
+def flowers102(folder: Path) -> None:
     base = folder / "flowers-102"
     for index in range(1, 61):
         write(base / "jpg" / f"image_{index:05}.jpg", index % 2)
-    for name in ("imagelabels.mat", "setid.mat"):
-        (base / name).touch()
     numbers = np.arange(1, 61)
-    return {
-        "setid.mat": {"trnid": numbers[:20], "valid": numbers[20:40], "tstid": numbers[40:]},
-        "imagelabels.mat": {"labels": numbers % 2 + 1},
-    }
+    parts = {"trnid": numbers[:20], "valid": numbers[20:40], "tstid": numbers[40:]}
+    write_matrices(base / "setid.mat", parts)
+    write_matrices(base / "imagelabels.mat", {"labels": numbers % 2 + 1})
 
 
 def oxfordiiitpet(folder: Path) -> None:
@@ -241,14 +235,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_published_layout(name: str, tmp_path, monkeypatch) -> None:
     make, classnames, counts = LAYOUTS[name]
-    matrices = make(tmp_path / name)
-    if matrices:
-        # SciPy is no dependency: what its reader would return for these files.
-        scipy, io = ModuleType("scipy"), ModuleType("scipy.io")
-        io.loadmat = lambda path, **_: matrices[Path(path).name]
-        scipy.io = io
-        monkeypatch.setitem(sys.modules, "scipy", scipy)
-        monkeypatch.setitem(sys.modules, "scipy.io", io)
+    make(tmp_path / name)
     for module in ("cifar", "stl10", "svhn", "flowers102"):
         # Their files are known by a checksum, which ours do not have.
         monkeypatch.setattr(f"torchvision.datasets.{module}.check_integrity", lambda *_: True)
@@ -331,7 +318,7 @@ def test_without_scipy(tmp_path, monkeypatch) -> None:
     svhn(tmp_path / "svhn")
     monkeypatch.setitem(sys.modules, "scipy", None)
     monkeypatch.setattr("torchvision.datasets.svhn.check_integrity", lambda *_: True)
-    with pytest.raises(ImportError, match=r"needs scipy.*, which is not installed: run pip"):
+    with pytest.raises(ImportError, match=r"needs scipy.* run pip install 'atlas_kernels\[data\]'"):
         load_images("svhn", tmp_path, SIZE, shown)
 
 

@@ -8,6 +8,10 @@ from typing import Any
 # What an extra is for, and the packages by which it is recognised (import name, package name).
 EXTRAS = {
     "clip": ("open_clip models and heads", {"open_clip": "open_clip_torch"}),
+    "data": (
+        "the paper's data sets",
+        {"torchvision": "torchvision", "scipy": "scipy"},
+    ),
     "demo": (
         "the demo, with its pictures",
         {

@@ -81,7 +81,7 @@ class Torchvision:
         except ImportError as error:  # torchvision, or SciPy, which it needs for some
             raise ImportError(
                 f"reading {folder} needs {error.name}, which is not installed: run"
-                f" pip install {error.name}"
+                " pip install 'atlas_kernels[data]'"
             ) from error
         # Whatever a half-unpacked or damaged archive makes it stumble over.
         except Exception as error:
@@ -126,7 +126,7 @@ def load_images(
             `atlas_kernels.clip.preprocess_for`.
 
     Raises:
-        ImportError: torchvision is needed and not installed.
+        ImportError: torchvision, or SciPy (cars, svhn, flowers102), is needed and not installed.
         FileNotFoundError: the files are not there; it says which, and what is expected where.
         ValueError: an unknown name, or files that cannot be read.
 
