@@ -17,6 +17,7 @@ from atlas_kernels.experiments.config import (
     Run,
     Single,
     Suite,
+    TestTimeRun,
     checked,
     read_yaml,
     write_yaml,
@@ -180,6 +181,24 @@ def test_suites_and_their_sources() -> None:
     suite = load_suite("few-shot", {"model": "RN50", "checkpoints": "c", "data": "d"})
     assert suite.model == "RN50"
     assert {run.epochs for _, run in suite.runs()} == {30}
+
+
+@pytest.mark.parametrize("name", ["few-shot", "addition", "negation"])
+def test_the_largest_model_takes_half_a_batch_twice(name: str) -> None:
+    files = {"checkpoints": "c", "data": "d"}
+    for suite in (
+        load_suite(name, {"model": model, **files}) for model in ("ViT-B-16", "ViT-L-14")
+    ):
+        halves = 2 if suite.model == "ViT-L-14" else 1
+        for _, run in suite.runs():
+            assert run.resolved("batch") == run.recipes["paper"]["batch"] // halves
+            assert run.resolved("accumulate") == halves
+
+
+def test_sar_has_no_preset() -> None:
+    assert TestTimeRun(objective="sar", lr=0.1).training().lr == 0.1
+    with pytest.raises(ValueError, match="SAR has no preset"):
+        TestTimeRun(objective="sar", preset="clean")
 
 
 def test_every_field_is_in_the_docs() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -29,7 +29,13 @@ from atlas_kernels.learn import (
     search,
     single_vector,
 )
-from atlas_kernels.learn.trainer import AdamWStep, cosine, rate_factor, scale_gradients
+from atlas_kernels.learn.trainer import (
+    AdamWStep,
+    backward,
+    cosine,
+    rate_factor,
+    scale_gradients,
+)
 
 
 @dataclass
@@ -189,9 +195,9 @@ def test_an_interrupted_run_resumes_to_the_same_bits(stop_after: int, tmp_path: 
 class Counting(AdamWStep):
     """The usual step with a memory: every third one is left out."""
 
-    def __call__(self, model: nn.Module, batch: Any) -> float:
+    def __call__(self, model: nn.Module, batches: Sequence[Any]) -> float:
         self.state["count"] = self.state.get("count", 0) + 1
-        return 1.0 if self.state["count"] % 3 == 0 else super().__call__(model, batch)
+        return 1.0 if self.state["count"] % 3 == 0 else super().__call__(model, batches)
 
 
 @pytest.mark.parametrize("step", [AdamWStep, Counting])
@@ -257,6 +263,60 @@ def test_batches_may_differ_in_number_from_epoch_to_epoch() -> None:
     shrunk = [b / a for a, b in pairwise(left)]
     progress = [0, 1 / 8, 2 / 8, 3 / 8, 4 / 8, 6 / 8]
     assert shrunk == pytest.approx([1 - 0.5 * cosine(t, 1) for t in progress], rel=1e-5)
+
+
+@pytest.mark.parametrize("memory", ["whole", "recompute"])
+@pytest.mark.parametrize(("size", "parts"), [(20, 1), (10, 2), (5, 4)])
+def test_batches_that_are_added_up_have_the_gradient_of_one(
+    memory: Any, size: int, parts: int
+) -> None:
+    model, batches = make_problem().model, make_problem().batches
+    model = ak.ComposedModel(model.module, model.bank, memory=memory)
+    with torch.no_grad():
+        model.coef.copy_(torch.randn_like(model.coef))
+    images, labels = batches.images[:20], batches.labels[:20]
+    expected = classify(model.eval(), (images, labels))
+    (gradient,) = torch.autograd.grad(expected, model.coef)
+    pairs = list(zip(images.split(size), labels.split(size), strict=True))
+    assert len(pairs) == parts
+    value = backward(model, classify, pairs)
+    # The same sums in another order, of at most 20 * 15 products and mean of 20.
+    assert value == pytest.approx(expected.item(), rel=1e-5)
+    torch.testing.assert_close(model.coef.grad, gradient, rtol=1e-4, atol=1e-5)
+
+
+def test_accumulating_runs_take_the_steps_of_larger_batches() -> None:
+    """Of seven batches, the last one smaller, three make a step and the last one its own."""
+    runs = []
+    for size, accumulate in ((96, 1), (32, 3)):
+        problem = make_problem()
+        inputs = problem.batches
+        batches = ImageBatches(inputs.images, inputs.labels, size, identity, seed=3)
+        calls = 0
+
+        def objective(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+            nonlocal calls
+            calls += 1
+            # Without dropout, which falls differently on smaller batches.
+            return classify(model.eval(), batch)
+
+        learned = learn(
+            problem.model,
+            objective,
+            batches,
+            Recipe(epochs=3, lr=0.05, accumulate=accumulate),
+            evaluate=problem.evaluate,
+            progress=False,
+        )
+        assert calls == 3 * len(batches)
+        runs.append(learned)
+    one, several = runs
+    for ours, theirs in zip(several.history[1:], one.history[1:], strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+    # AdamW divides by the gradient's size, so that the rounding of small ones grows.
+    torch.testing.assert_close(
+        several.parameters["coef"], one.parameters["coef"], rtol=1e-3, atol=1e-4
+    )
 
 
 def test_the_state_of_another_run_is_refused(tmp_path: Path) -> None:
@@ -504,7 +564,7 @@ def test_running_statistics_stay_those_of_the_base(memory: Any) -> None:
 
 def test_bad_recipes_and_models_are_refused() -> None:
     changes = ({"epochs": -1}, {"lr": 0.0}, {"schedule": "linear"}, {"preset": "none"})
-    for change in (*changes, {"warmup": -1}, {"lrs": (("coef", 0.0),)}):
+    for change in (*changes, {"warmup": -1}, {"accumulate": 0}, {"lrs": (("coef", 0.0),)}):
         with pytest.raises(ValueError, match=next(iter(change))):
             Recipe(**change)
     frozen = Scalars(1.0).requires_grad_(False)

@@ -273,19 +273,24 @@ def reference_sar(
 
 
 @pytest.mark.parametrize(
-    ("sar", "scale", "expected"),
+    ("sar", "scale", "accumulate", "expected"),
     [
-        (SAR(), 1.0, {"step"}),
-        (SAR(margin=0.9, floor=0.5), 2.0, {"step", "filtered", "reset"}),
+        (SAR(), 1.0, 1, {"step"}),
+        (SAR(margin=0.9, floor=0.5), 2.0, 1, {"step", "filtered", "reset"}),
+        (SAR(margin=0.9, floor=0.5), 2.0, 3, {"filtered", "reset"}),
         (
             SAR(margin=0.7, floor=0.0, radius=2.0),
             1.0,
+            1,
             {"filtered", "skipped", "skipped after moving"},
         ),
-        (SAR(margin=0.0), 1.0, {"skipped"}),
+        (SAR(margin=0.7, floor=0.0, radius=2.0), 1.0, 2, {"filtered"}),
+        (SAR(margin=0.0), 1.0, 2, {"skipped"}),
     ],
 )
-def test_sar_follows_its_definition(sar: SAR, scale: float, expected: set[str]) -> None:
+def test_sar_follows_its_definition(
+    sar: SAR, scale: float, accumulate: int, expected: set[str]
+) -> None:
     generator = torch.Generator().manual_seed(6)
     points = scale * torch.randn(40, 4, generator=generator, dtype=torch.float64)
     weight = torch.randn(3, 4, generator=generator, dtype=torch.float64)
@@ -293,8 +298,12 @@ def test_sar_follows_its_definition(sar: SAR, scale: float, expected: set[str]) 
     with torch.no_grad():
         model.weight.copy_(weight)
     images = Images(40, lambda chosen: points[chosen], lambda chosen, _: points[chosen])
-    recipe = Recipe(epochs=6, lr=0.1, weight_decay=0.2, schedule="constant")
-    batches = [b for e in range(6) for b in sar.batches(model, images, recipe, 7).epoch(e)]
+    recipe = Recipe(6, 0.1, 0.2, schedule="constant", accumulate=accumulate)
+    batches: list[Tensor] = []
+    for epoch in range(6):
+        every = list(sar.batches(model, images, recipe, 7).epoch(epoch))
+        # What is added up, however unequal, is one batch.
+        batches += [torch.cat(every[i : i + accumulate]) for i in range(0, 6, accumulate)]
     adapt(model, images, sar, recipe, batch_size=7, progress=False)
     reference, events = reference_sar(sar, weight, batches, 0.1, 0.2)
     assert expected <= set(events)

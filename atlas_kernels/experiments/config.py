@@ -89,7 +89,7 @@ Source = Annotated[Embedded | Own | Checkpoints, Field(discriminator="kind")]
 class Run(Schema):
     """The fields that all methods share.
 
-    ``epochs`` to ``batch`` come from the ``recipe`` where they are not given.
+    ``epochs`` to ``accumulate`` come from the ``recipe`` where they are not given.
     """
 
     recipes: ClassVar[dict[str, dict[str, Any]]]
@@ -120,7 +120,10 @@ class Run(Schema):
     schedule: Literal["cosine", "constant"] | None = None
     preset: Literal["clean", "official"] | None = Field(None, description="of the gradient's norm")
     warmup: int | None = Field(None, ge=0, description="steps of rising learning rate")
-    batch: int | None = Field(None, ge=1, description="images per step")
+    batch: int | None = Field(None, ge=1, description="images at a time")
+    accumulate: int | None = Field(
+        None, ge=1, description="batches per step, whose losses are averaged"
+    )
 
     @field_validator("codec")
     @classmethod
@@ -150,11 +153,11 @@ class Run(Schema):
 
     def training(self) -> Recipe:
         """How parameters learn."""
-        names = ("epochs", "lr", "weight_decay", "schedule", "preset", "warmup")
+        names = ("epochs", "lr", "weight_decay", "schedule", "preset", "warmup", "accumulate")
         return Recipe(seed=self.seed, **{name: self.resolved(name) for name in names})
 
     def _defaults(self) -> dict[str, Any]:
-        return {"weight_decay": 0.1, "warmup": 0, **self.recipes[self.recipe]}
+        return {"weight_decay": 0.1, "warmup": 0, "accumulate": 1, **self.recipes[self.recipe]}
 
 
 class FewShotRun(Run):
@@ -275,6 +278,12 @@ class TestTimeRun(Run):
     divisor: int = Field(
         1, ge=1, description="UFM trusts a share 1/divisor of as many images per class as there are"
     )
+
+    @model_validator(mode="after")
+    def _unclipped(self) -> TestTimeRun:
+        if self.objective == "sar" and self.preset is not None:
+            raise ValueError("SAR has no preset: its gradients are not clipped, as published")
+        return self
 
 
 class PeftRun(Run):

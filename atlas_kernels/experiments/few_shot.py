@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Iterator, Mapping
@@ -104,12 +105,14 @@ def _adapted(setting: Setting, model: ImageClassifier, few: LabelledImages) -> n
     if run.adapter == "lp++":
         return lp_plus_plus(model, few, validation, seed=run.seed, progress=setting.progress).model
     joint = run.how == "coefficients"
+    # As published: twice the epochs of the coefficients alone.
+    epochs, accumulate = 2 * run.resolved("epochs"), run.resolved("accumulate")
+    recipe = replace(TIP_JOINT, epochs=epochs, seed=run.seed, accumulate=accumulate)
     return tip_adapter(
         model,
         few,
         validation,
-        # As published: twice the epochs of the coefficients alone.
-        replace(TIP_JOINT, epochs=2 * run.resolved("epochs"), seed=run.seed) if joint else None,
+        recipe if joint else None,
         joint=joint,
         batch_size=run.resolved("batch"),
         progress=setting.progress,
@@ -172,13 +175,15 @@ def _peak_memory(setting: Setting, model: nn.Module, few: LabelledImages) -> int
         with PeakMemory() as memory, torch.no_grad():
             model.eval()(batch)
         return memory.peak
-    step = next(iter(setting.repeated(few).epoch(0)))
+    first = next(iter(setting.repeated(few).epoch(0)))
+    # The optimizer's state exists from the first step on and counts in every later one.
+    two_steps = _Repeated(first, 2 * run.resolved("accumulate"))
     with PeakMemory() as memory:
         # No epoch is better than the start: the model comes back as it was.
         learn(
             model,
             classify,
-            _Twice(step),
+            two_steps,
             replace(run.training(), epochs=1),
             evaluate=lambda _: 0.0,
             progress=False,
@@ -186,17 +191,16 @@ def _peak_memory(setting: Setting, model: nn.Module, few: LabelledImages) -> int
     return memory.peak
 
 
-class _Twice:
-    # The optimizer's state exists from the first step on and counts in every later one.
-    def __init__(self, batch: tuple[Tensor, Tensor]) -> None:
+class _Repeated:
+    def __init__(self, batch: tuple[Tensor, Tensor], times: int) -> None:
         self.batch = batch
+        self.times = times
 
     def __len__(self) -> int:
-        return 2
+        return self.times
 
     def epoch(self, index: int) -> Iterator[tuple[Tensor, Tensor]]:
-        yield self.batch
-        yield self.batch
+        return itertools.repeat(self.batch, self.times)
 
 
 class Rows(nn.Module):

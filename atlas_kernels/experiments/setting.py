@@ -167,7 +167,8 @@ class Setting:
 
     def repeated(self, few: LabelledImages) -> ImageBatches:
         """Batches of a few images, repeated so that an epoch has enough of them."""
-        return self.batches(few, oversample(torch.arange(len(few)), self.run.resolved("batch")))
+        step = self.run.resolved("batch") * self.run.resolved("accumulate")
+        return self.batches(few, oversample(torch.arange(len(few)), step))
 
     def learn(self, model: nn.Module, batches: ImageBatches) -> Learned:
         """Supervised learning of whatever in the model requires gradients."""

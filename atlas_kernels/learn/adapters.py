@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from ..checkpoints import parts_of, read_tensors, write_tensors
 from ..clip import ImageClassifier
 from ..data import Images, LabelledImages
 from .few_shot import ImageBatches, accuracy, classify, features, oversample
-from .trainer import Learned, Objective, Recipe, learn
+from .trainer import Learned, Objective, Recipe, backward, learn
 
 _KIND = "adapter"
 
@@ -298,7 +299,7 @@ def tip_adapter(
     keys = features(encoder, shots.images, generator, batch_size)
     adapter = TipAdapter(head, keys, shots.labels)
     adapted = _with_adapter(encoder, adapter)
-    train = shots.subset(oversample(torch.arange(len(shots)), batch_size))
+    train = shots.subset(oversample(torch.arange(len(shots)), batch_size * recipe.accumulate))
     learner: nn.Module = adapted
     if not joint:
         train = _frozen(encoder, train, batch_size, generator)
@@ -417,12 +418,10 @@ class _LPStep:
         )
         self.state: dict[str, Any] = {"steps": 0}
 
-    def __call__(self, model: nn.Module, batch: Any) -> float:
+    def __call__(self, model: nn.Module, batches: Sequence[Any]) -> float:
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self.objective(model, batch)
-        value = loss.item()
+        value = backward(model, self.objective, batches)
         if math.isfinite(value):
-            loss.backward()
             self.state["steps"] += 1
             if self.state["steps"] % _ALPHA_EVERY:
                 self.optimizer.param_groups[1]["lr"] = 0.0

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -29,7 +30,7 @@ Objective = Callable[[nn.Module, Any], Tensor]
 
 
 class Step(Protocol):
-    """What a batch does to the parameters, in one run."""
+    """What batches do to the parameters, in one run."""
 
     optimizer: torch.optim.Optimizer
     """Of `parameter_groups`; rates are set before every step, its state is kept with the run."""
@@ -37,8 +38,8 @@ class Step(Protocol):
     state: dict[str, Any]
     """What else a resumed run needs, as JSON has it."""
 
-    def __call__(self, model: nn.Module, batch: Any) -> float:
-        """Changes the parameters, unless the loss is not finite; the loss."""
+    def __call__(self, model: nn.Module, batches: Sequence[Any]) -> float:
+        """Changes the parameters once, unless the loss is not finite; the loss."""
 
 
 class Batches(Protocol):
@@ -64,6 +65,10 @@ class Recipe:
             T do not count them.
         lrs: (pattern, rate) pairs: parameters whose name matches a shell-style pattern learn at
             this rate in place of ``lr``, under the same schedule; the first match counts.
+        accumulate: batches per step, whose losses are averaged: where the loss is a mean over
+            images, k batches of b stand for one of k * b in the memory of one of b, up to the
+            rounding of float32 (sums are taken in another order). What an epoch leaves over makes a
+            step of fewer.
         preset: the gradient handed to AdamW, with the joint norm ``|g|`` over all parameters:
             "clean" is ``g * min(1, 1 / |g|)``; "official" is ``g * min(1, 1 / (2^16 * |g|))``, the
             dynamics of the published runs.
@@ -80,11 +85,14 @@ class Recipe:
     seed: int = 0
     warmup: int = 0
     lrs: tuple[tuple[str, float], ...] = ()
+    accumulate: int = 1
 
     def __post_init__(self) -> None:
         rates = [self.lr, *(rate for _, rate in self.lrs)]
         if min(rates) <= 0 or min(self.epochs, self.weight_decay, self.warmup) < 0:
             raise ValueError(f"epochs, weight_decay and warmup must be >= 0 and lr > 0, got {self}")
+        if self.accumulate < 1:
+            raise ValueError(f"accumulate must be at least 1 batch per step, got {self}")
         if self.schedule not in ("cosine", "constant"):
             raise ValueError(f"unknown schedule {self.schedule!r}: expected 'cosine' or 'constant'")
         if self.preset not in _LOSS_SCALE:
@@ -128,18 +136,28 @@ class AdamWStep:
         )
         self.state: dict[str, Any] = {}
 
-    def __call__(self, model: nn.Module, batch: Any) -> float:
+    def __call__(self, model: nn.Module, batches: Sequence[Any]) -> float:
         """One step; the loss before it."""
         self.optimizer.zero_grad(set_to_none=True)
-        with composed_once(model):
-            loss = self.objective(model, batch)
-            value = loss.item()
-            if not math.isfinite(value):
-                return value
-            loss.backward()
+        value = backward(model, self.objective, batches)
+        if not math.isfinite(value):
+            return value
         scale_gradients(self.parameters, self.loss_scale)
         self.optimizer.step()
         return value
+
+
+def backward(model: nn.Module, objective: Objective, batches: Sequence[Any]) -> float:
+    """The mean loss of some batches, whose gradients are added up; if not finite, not all are."""
+    value = 0.0
+    with composed_once(model, accumulate=len(batches) > 1):
+        for batch in batches:
+            loss = objective(model, batch) / len(batches)
+            value += loss.item()
+            if not math.isfinite(value):
+                break
+            loss.backward()
+    return value
 
 
 def learn(
@@ -156,8 +174,9 @@ def learn(
 ) -> Learned:
     """Trains every parameter of ``model`` that requires gradients; keeps the best epoch.
 
-    One step is ``objective(model, batch).backward()`` and an AdamW step. Each `ComposedModel` in
-    ``model`` composes once per step, however often the objective calls it, and once per evaluation.
+    One step is ``objective(model, batch).backward()``, of ``recipe.accumulate`` batches, and an
+    AdamW step. Each `ComposedModel` in ``model`` composes once per step, however often the
+    objective calls it, and once per evaluation.
     Its layers with running statistics (BatchNorm) keep and use those of the base while it learns.
     The start is scored first and an epoch must beat it, so the result is never worse than the start
     on ``evaluate``; ties keep the earlier epoch. Without ``evaluate`` nothing is chosen: the last
@@ -189,7 +208,7 @@ def learn(
     run = _Run(parameters, stepping, recipe, chooses, Path(resume) if resume else None)
     if not run.load():
         run.record({"loss": math.nan, "score": _score(model, evaluate), "seconds": 0.0})
-    steps = len(batches)
+    steps = _steps(batches, recipe)
     with tqdm(
         total=recipe.epochs * steps,
         initial=run.epoch * steps,
@@ -237,11 +256,11 @@ def scale_gradients(parameters: Iterable[Tensor], loss_scale: float) -> None:
 
 
 @contextmanager
-def composed_once(model: nn.Module) -> Iterator[None]:
+def composed_once(model: nn.Module, *, accumulate: bool = False) -> Iterator[None]:
     """Inside, each `ComposedModel` in ``model`` composes once (see its own `composed_once`)."""
     with ExitStack() as stack:
         for module in _composed(model):
-            stack.enter_context(module.composed_once())
+            stack.enter_context(module.composed_once(accumulate=accumulate))
         yield
 
 
@@ -281,20 +300,25 @@ def _train_epoch(
     # Seeded by epoch: a resumed run repeats. Forked: the caller's random state does not move.
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed * 1_000_003 + epoch)
-        for batch in batches.epoch(epoch):
+        of_epoch = iter(batches.epoch(epoch))
+        while together := list(islice(of_epoch, recipe.accumulate)):
             # Asked for only now: batches that follow the model are counted when their epoch begins.
-            steps = len(batches)
+            steps = _steps(batches, recipe)
             factor = rate_factor(recipe, epoch * steps + len(losses), recipe.epochs * steps)
             for group in step.optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * factor
-            losses.append(step(model, batch))
+            losses.append(step(model, together))
             if not math.isfinite(losses[-1]):
                 raise FloatingPointError(
                     f"the loss is {losses[-1]} at step {len(losses)} of epoch {epoch + 1}: lower "
-                    f"lr (now {recipe.lr}), or check the images and labels of that batch"
+                    f"lr (now {recipe.lr}), or check the images and labels of its batches"
                 )
             bar.update()
     return math.fsum(losses) / max(len(losses), 1)
+
+
+def _steps(batches: Batches, recipe: Recipe) -> int:
+    return -(-len(batches) // recipe.accumulate)
 
 
 def _score(model: nn.Module, evaluate: Callable[[nn.Module], float] | None) -> float:
