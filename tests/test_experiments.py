@@ -96,6 +96,15 @@ def test_vectors_that_learn(space, fields, count: int) -> None:
         assert all(name.startswith("random-") for name in names)
 
 
+@pytest.mark.parametrize("select", [{}, {"select": "block", "budget": 2}])
+def test_weights_alone_learn(space, select) -> None:
+    run = FewShotRun(**{**QUICK, "epochs": 0}, **select, weights_only=True)
+    encoder = result_of(space, run).encoder
+    assert encoder is not None
+    names = {name for name, p in space.encoder().named_parameters() if p.ndim >= 2}
+    assert set(encoder.bank.blocks) == names
+
+
 def test_adapters_and_shifts(space) -> None:
     run = FewShotRun(**QUICK, how="zero-shot", adapter="lp++", out_of_domain=True)
     result = result_of(space, run)

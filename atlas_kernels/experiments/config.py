@@ -191,6 +191,7 @@ class FewShotRun(Run):
         "vectors",
         description="task vectors, or noise in their place: as large as the base, or as they are",
     )
+    weights_only: bool = Field(False, description="leave biases and normalisation as in the base")
     out_of_domain: bool = Field(False, description="test under the images' other shifts as well")
     peak_memory: bool = Field(
         False,

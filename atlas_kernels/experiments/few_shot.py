@@ -76,7 +76,8 @@ def _start(setting: Setting, few: LabelledImages) -> nn.Module:
         return space.encoder().requires_grad_(run.how == "fine-tune")
     if run.how == "own":
         return setting.finetuned(space.vectors(run.vectors, [setting.target]))
-    return setting.compose(None if isinstance(space, OwnWorkspace) else _chosen(setting, few))
+    vectors = None if isinstance(space, OwnWorkspace) else _chosen(setting, few)
+    return setting.compose(vectors, **setting.choice)
 
 
 def _fit(setting: Setting, model: ImageClassifier, few: LabelledImages) -> Learned | None:
@@ -146,7 +147,7 @@ def _selected(
         theirs = [space.features(name) for name in names]
         chosen = select_by_features(features(base, few.images), theirs, budget)
     else:
-        encoder = setting.compose(vectors)
+        encoder = setting.compose(vectors, **setting.choice)
         scores = gradient_scores(setting.classifier(encoder), encoder, setting.batches(few))
         if run.select == "block":
             blocks = encoder.bank.blocks

@@ -29,7 +29,6 @@ from ..learn import (
     off_diagonal_mean,
     search_addition,
     search_negation,
-    weights_only,
 )
 from ..task_vector import TaskVector
 from .config import (
@@ -111,12 +110,11 @@ def _addition(setting: Setting) -> Result:
     names = run.tasks or space.tasks
     own = isinstance(space, OwnWorkspace)
     vectors = {} if own else space.vectors(run.vectors, names)
-    choice = {"include": weights_only(space.encoder())} if run.weights_only else {}
     # Accuracies of the tasks' own models, by which those of the sum are divided.
     tuned = [{"validation": 1.0, "test": 1.0} for _ in names]
     if not own:
         tuned = [_finetuned(setting, name, vectors[name]) for name in names]
-    encoder = setting.compose(vectors, **choice)
+    encoder = setting.compose(vectors, **setting.choice)
     tasks = [
         _joint_task(setting, name, its["validation"])
         for name, its in zip(names, tuned, strict=True)
@@ -160,9 +158,9 @@ def _negation(setting: Setting) -> Result:
     space, target = setting.space, setting.target
     if run.control is None:
         raise ValueError("negation needs a control task to keep")
-    choice = {"include": weights_only(space.encoder())} if run.weights_only else {}
     own = isinstance(space, OwnWorkspace)
-    encoder = setting.compose(None if own else space.vectors(run.vectors, [target]), **choice)
+    vectors = None if own else space.vectors(run.vectors, [target])
+    encoder = setting.compose(vectors, **setting.choice)
     tasks = [_joint_task(setting, name) for name in (target, run.control)]
     outcome: Outcome | None = None
     if run.how == "coefficients":

@@ -14,10 +14,18 @@ from torch import Tensor, nn
 from ..clip import ImageClassifier
 from ..composed import ComposedModel
 from ..data import LabelledImages
-from ..learn import ImageBatches, Learned, accuracy, classify, learn, oversample
+from ..learn import (
+    ImageBatches,
+    Learned,
+    accuracy,
+    classify,
+    learn,
+    oversample,
+    weights_only,
+)
 from ..linearized import LinearizedModel
 from ..task_vector import TaskVector
-from .config import FewShotRun, Run
+from .config import AdditionRun, FewShotRun, NegationRun, Run
 from .workspace import OwnWorkspace, Workspace
 
 
@@ -111,6 +119,13 @@ class Setting:
             if name != run.target and not (run.strict and space.related(name, self.target))
         ]
         return space.vectors(run.vectors, names)
+
+    @property
+    def choice(self) -> dict[str, Any]:
+        """The blocks that learn, as options of `compose`."""
+        run = self.run
+        only = isinstance(run, FewShotRun | AdditionRun | NegationRun) and run.weights_only
+        return {"include": weights_only(self.space.encoder())} if only else {}
 
     def compose(
         self, vectors: Mapping[str, TaskVector] | None = None, **choice: Any
