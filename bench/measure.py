@@ -43,15 +43,18 @@ def interleaved(
     Whatever slows the machine down for a while then slows all of them. Each timed call follows a
     call like it, as in training: caches and allocators are as that one left them. On a GPU a sample
     is the mean of GPU_CALLS calls that wait for nothing but each other, as in training too: what
-    the host does for a call counts only where the GPU has to wait for it.
+    the host does for a call counts only where the GPU has to wait for it. (One call, if that takes
+    a tenth of a second.)
     """
     samples: dict[str, list[float]] = {name: [] for name in functions}
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
-    calls = GPU_CALLS if device == "cuda" else 1
     for _ in range(repeats):
         for name, function in functions.items():
+            start = time.perf_counter()
             function()
             wait()
+            short = time.perf_counter() - start < 0.1
+            calls = GPU_CALLS if device == "cuda" and short else 1
             start = time.perf_counter()
             for _ in range(calls):
                 result = function()
