@@ -390,7 +390,7 @@ class _File:
 
     def __init__(self, path: Path, bank: TaskVectorBank) -> None:
         self._path = path
-        self._descriptor = _opened(path)
+        self._descriptor = open_direct(path)
         weakref.finalize(self, os.close, self._descriptor)
         self._offsets = data_offsets(path)
         tensors, fields = read_tensors(path, "bank")
@@ -434,8 +434,8 @@ class _File:
         return room[position - first : end - first]
 
 
-def _opened(path: Path) -> int:
-    """A descriptor for direct reads of whole blocks, or for any reads."""
+def open_direct(path: Path) -> int:
+    """A descriptor for reads of whole blocks around the system's cache, where there are such."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT)
         try:
