@@ -30,10 +30,10 @@ from .low_rank import LowRankSegment
 from .partition import tile_keys
 from .segment import Segment, chunks, crc
 
-# Chunks read ahead, being read and in use, together. Two threads: one waits for the disk while the
-# other checks what has come.
+# Chunks read ahead, being read and in use, together. Four threads: some wait for the disk while
+# others check what has come. Two left the disk idle a third of the time.
 SLOTS = 8
-_THREADS = 2
+_THREADS = 4
 # Bytes. What direct reads are made of: a multiple of every disk's own.
 BLOCK = 4096
 

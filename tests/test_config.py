@@ -55,21 +55,6 @@ def test_runs_are_the_product_of_arms_values_targets_and_seeds() -> None:
     assert {run.batch for _, run in experiment.runs("RN50")} == {9}
 
 
-def test_an_arm_may_wait_for_its_other_seeds() -> None:
-    start, learned = EXPERIMENT["arms"]
-    arms = [start, {**learned, "first_seed": True}]
-    suite = checked(
-        Suite,
-        {"name": "s", "version": 1, "title": "t", "experiments": [{**EXPERIMENT, "arms": arms}]},
-        "here",
-    )
-    few, every = list(suite.runs()), list(suite.with_all_seeds().runs())
-    assert [cell.seed for cell, _ in few if cell.arm == "learned"] == [0] * 4
-    assert every == list(checked(Experiment, EXPERIMENT, "here").runs(None))
-    # The same places in the table: what ran before is part of what runs now.
-    assert all(pair in every for pair in few)
-
-
 def test_published_recipes_are_the_default() -> None:
     few_shot, negation = FewShotRun(), NegationRun(lr=0.5)
     training = few_shot.training()

@@ -26,9 +26,6 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
         "--allow-pickle", action="store_true", help="read whole pickled modules (.pt) as well"
     )
     parser.add_argument("--only", metavar="EXPERIMENT", nargs="+", help="some of its experiments")
-    parser.add_argument(
-        "--all-seeds", action="store_true", help="also of arms that run with one to save time"
-    )
     parser.add_argument("--processes", type=int, help="at a time (one per core)")
     parser.add_argument(
         "-o", "--output", metavar="DIR", type=Path, help="where the files go (reproduce-NAME)"
@@ -82,8 +79,6 @@ def _suite(arguments: argparse.Namespace) -> Any:
     elif any(files):
         raise ValueError("--checkpoints and --data go together")
     suite = load_suite(arguments.name, source)
-    if arguments.all_seeds:
-        suite = suite.with_all_seeds()
     if arguments.only:
         names = [experiment.name for experiment in suite.experiments]
         unknown = [name for name in arguments.only if name not in names]

@@ -356,9 +356,6 @@ class Arm(Schema):
     settings: dict[str, Any] = Field({}, description="fields of the run that make it this arm")
     fixed: bool = Field(False, description="does not depend on the axis: run once")
     seeded: bool = Field(True, description="depends on the seed: run for each")
-    first_seed: bool = Field(
-        False, description="to save time run for the first seed alone, unless all are asked for"
-    )
 
 
 class Axis(Schema):
@@ -434,7 +431,7 @@ class Experiment(Schema):
             where = itertools.product(
                 (None,) if arm.fixed else values,
                 self.targets or (None,),
-                self.seeds if arm.seeded and not arm.first_seed else self.seeds[:1],
+                self.seeds if arm.seeded else self.seeds[:1],
             )
             for value, target, seed in where:
                 fields = {**shared, **self.per_target.get(target or "", {}), **arm.settings}
@@ -474,14 +471,6 @@ class Suite(Schema):
         """All runs of all experiments."""
         for experiment in self.experiments:
             yield from experiment.runs(self.model)
-
-    def with_all_seeds(self) -> Suite:
-        """The same with every seed for every arm that depends on it."""
-        experiments = []
-        for each in self.experiments:
-            arms = tuple(arm.model_copy(update={"first_seed": False}) for arm in each.arms)
-            experiments.append(each.model_copy(update={"arms": arms}))
-        return self.model_copy(update={"experiments": tuple(experiments)})
 
 
 class Cell(Schema):
