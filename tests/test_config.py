@@ -94,6 +94,14 @@ def test_what_does_not_fit_is_refused_in_words(fields, message: str) -> None:
     assert "\n" not in str(error.value)
 
 
+def test_a_packed_bank_has_chosen_its_blocks() -> None:
+    own = {"kind": "own", "bank": "b", "images": ["i"], "model": "m"}
+    run = {"method": "few-shot", "weights_only": True}
+    with pytest.raises(ValueError, match="weights_only chooses blocks while a bank is packed"):
+        checked(Single, {"source": own, "run": run}, "here")
+    assert checked(Single, {"source": own, "run": {**run, "weights_only": False}}, "here")
+
+
 def test_a_wrong_run_is_found_when_the_experiment_is_read() -> None:
     wrong = {**EXPERIMENT, "axis": {"field": "shots", "values": [1, 0], "label": "k"}}
     with pytest.raises(ValueError, match="greater than or equal to 1"):

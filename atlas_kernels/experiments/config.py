@@ -348,6 +348,15 @@ class Single(Schema):
     source: Source = Embedded()
     run: AnyRun
 
+    @model_validator(mode="after")
+    def _blocks_are_those_of_the_bank(self) -> Single:
+        if isinstance(self.source, Own) and getattr(self.run, "weights_only", False):
+            raise ValueError(
+                "weights_only chooses blocks while a bank is packed, and this one is: pack it with "
+                "--exclude for biases and normalisation, or leave weights_only out"
+            )
+        return self
+
 
 class Arm(Schema):
     """A row of an experiment's table, or a line of its picture."""
