@@ -96,6 +96,21 @@ def test_vectors_that_learn(space, fields, count: int) -> None:
         assert all(name.startswith("random-") for name in names)
 
 
+def test_no_two_seeds_share_noise(space) -> None:
+    drawn = []
+    for seed in (0, 1):
+        fields = {"bases": "matched", "select": "random", "budget": 3, "codec": "fp32"}
+        run = FewShotRun(**{**QUICK, "epochs": 0, "seed": seed}, **fields)
+        encoder = result_of(space, run).encoder
+        assert encoder is not None
+        composed = [encoder.bank.compose(row) for row in torch.eye(3)]
+        name = encoder.bank.blocks[0]
+        drawn += [(its[name] - encoder.bank.base[name]).flatten() for its in composed]
+    directions = torch.nn.functional.normalize(torch.stack(drawn), dim=1)
+    # Of hundreds of independent elements; those of a vector met again would have 1.
+    assert (directions @ directions.T).fill_diagonal_(0).abs().max() < 0.5
+
+
 @pytest.mark.parametrize("select", [{}, {"select": "block", "budget": 2}])
 def test_weights_alone_learn(space, select) -> None:
     run = FewShotRun(**{**QUICK, "epochs": 0}, **select, weights_only=True)

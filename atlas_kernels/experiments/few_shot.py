@@ -127,7 +127,9 @@ def _chosen(setting: Setting, few: LabelledImages) -> dict[str, TaskVector]:
     if run.select != "all":
         vectors = _selected(setting, vectors, few)
     if run.bases == "matched":
-        noise = (norm_matched(vector, run.seed + i) for i, vector in enumerate(vectors.values()))
+        # Far apart, so that no two seeds share a vector.
+        first = run.seed << 16
+        noise = (norm_matched(vector, first + i) for i, vector in enumerate(vectors.values()))
         return {vector.name: vector for vector in noise}
     if run.bases == "random":
         base = dict(setting.space.encoder().named_parameters())
