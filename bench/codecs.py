@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from atlas_kernels.layout import Layout
 from atlas_kernels.segment import Segment
 
 from .cases import Case, vit_b_32
-from .measure import BACKENDS, bandwidth_probes, interleaved, machine
+from .measure import BACKENDS, bandwidth_probes, interleaved, machine, write_rows
 
 Row = dict[str, Any]
 NAMES = ("bf16", "int8", "int4", "int3", "int2", "sign")
@@ -51,8 +50,7 @@ def main() -> None:
     rows = list(throughput(vit_b_32(args.vectors), args.repeats, args.device))
     for backend in BACKENDS[args.device]:
         console.print(table([row for row in rows if row["backend"] == backend]))
-    if args.out:
-        args.out.write_text("".join(json.dumps(row | device) + "\n" for row in rows))
+    write_rows(args.out, rows, device)
 
 
 def throughput(case: Case, repeats: int, device: str) -> Iterator[Row]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,7 +26,7 @@ from atlas_kernels.segment import Segment
 
 from .cases import Inputs, vit_b_32
 from .codecs import random_segment
-from .measure import bandwidth_probes, interleaved, machine
+from .measure import bandwidth_probes, interleaved, machine, write_rows
 from .partitions import _coef, _keys
 
 Row = dict[str, Any]
@@ -52,8 +51,7 @@ def main() -> None:
     for row in rows:
         table.add_row(*(f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()))
     console.print(table)
-    if args.out:
-        args.out.write_text("".join(json.dumps(row | device) + "\n" for row in rows))
+    write_rows(args.out, rows, device)
 
 
 def measured(num_vectors: int, repeats: int) -> Iterator[Row]:

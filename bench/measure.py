@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import atlas_kernels as ak
 
@@ -101,6 +103,21 @@ def _status(key: str) -> int:
         if line.startswith(f"{key}:"):
             return int(line.split()[1]) * 1024
     raise OSError(key)
+
+
+def learning_step(model: ak.ComposedModel, images: Tensor) -> Tensor:
+    """The gradient of the coefficients in one step of learning."""
+    model.coef.grad = None
+    with model.composed_once():
+        model(images).square().mean().backward()
+    assert model.coef.grad is not None
+    return model.coef.grad
+
+
+def write_rows(path: Path | None, rows: Iterable[dict[str, Any]], device: dict[str, Any]) -> None:
+    """One JSON line per row, each with the machine that it was measured on, if there is a path."""
+    if path:
+        path.write_text("".join(json.dumps(row | device) + "\n" for row in rows))
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from mmap import mmap
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from atlas_kernels.memory import PeakMemory
 from atlas_kernels.plan import activation_bytes
 from atlas_kernels.stream import open_direct
 
-from .measure import machine
+from .measure import learning_step, machine
 
 MODES = ("whole", "recompute", "stream")
 _MEGABYTE = 1e6
@@ -130,13 +131,7 @@ def one_step(path: Path, mode: str, args: argparse.Namespace) -> dict[str, Any]:
     bank = ak.TaskVectorBank.load(path)
     model = ak.ComposedModel(module, bank, memory=mode)  # type: ignore[arg-type]
 
-    def step() -> Tensor:
-        model.coef.grad = None
-        with model.composed_once():
-            model(images).square().mean().backward()
-        assert model.coef.grad is not None
-        return model.coef.grad
-
+    step = partial(learning_step, model, images)
     # The first step learns the order of the blocks.
     with PeakMemory() as memory:
         gradient = step()

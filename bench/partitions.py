@@ -12,7 +12,6 @@ FILE receives one JSON line per way and direction.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from atlas_kernels.segment import Segment
 
 from .cases import Case, vit_b_32
 from .codecs import DIRECTIONS, VERIFIED_BLOCKS, random_segment
-from .measure import BACKENDS, interleaved, machine
+from .measure import BACKENDS, interleaved, machine, write_rows
 
 Row = dict[str, Any]
 Functions = dict[str, Callable[[], Tensor]]
@@ -56,8 +55,7 @@ def main() -> None:
     case = Case(case.name, case.shapes[: args.blocks], args.vectors)
     rows = list(throughput(case, args.groups, args.repeats, args.device))
     console.print(table(rows))
-    if args.out:
-        args.out.write_text("".join(json.dumps(row | device) + "\n" for row in rows))
+    write_rows(args.out, rows, device)
 
 
 def throughput(case: Case, groups: Sequence[int], repeats: int, device: str) -> Iterator[Row]:

@@ -10,7 +10,6 @@ large copy. FILE receives one JSON line per measurement.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,15 @@ from torch import Tensor
 from atlas_kernels import reference
 
 from .cases import Inputs, tiny, vit_b_32
-from .measure import BACKENDS, Seconds, bandwidth_probes, interleaved, machine, with_peak
+from .measure import (
+    BACKENDS,
+    Seconds,
+    bandwidth_probes,
+    interleaved,
+    machine,
+    with_peak,
+    write_rows,
+)
 from .peers import TOLERANCE, WAYS
 
 Row = dict[str, Any]
@@ -51,8 +58,7 @@ def main() -> None:
     ours = [way for way in ways if way.split()[0] in ("atlas", "triton")]
     rows += host_cost(args.vectors, ours, args.device)
     console.print(host_table(rows))
-    if args.out:
-        args.out.write_text("".join(json.dumps(row | device) + "\n" for row in rows))
+    write_rows(args.out, rows, device)
 
 
 def throughput(num_vectors: int, ways: Sequence[str], repeats: int, device: str) -> Iterator[Row]:

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from torch.func import functional_call
 import atlas_kernels as ak
 from atlas_kernels.clip import image_encoder
 
-from .measure import BACKENDS, interleaved, machine, with_peak
+from .measure import BACKENDS, interleaved, learning_step, machine, with_peak, write_rows
 
 Row = dict[str, Any]
 
@@ -58,8 +58,7 @@ def main() -> None:
         peak = "-" if row["peak"] is None else f"{row['peak'] / 1e6:.0f}"
         table.add_row(row["way"], f"{median:.3g}", f"{low:.3g} - {high:.3g}", peak)
     console.print(table)
-    if args.out:
-        args.out.write_text("".join(json.dumps(row | device) + "\n" for row in rows))
+    write_rows(args.out, rows, device)
 
 
 def measured(args: argparse.Namespace) -> Iterator[Row]:
@@ -116,14 +115,7 @@ def _ours(
 ) -> Callable[[], Tensor]:
     model = ak.ComposedModel(copy.deepcopy(module), bank, memory=memory)
 
-    def step() -> Tensor:
-        model.coef.grad = None
-        with model.composed_once():
-            model(images).square().mean().backward()
-        assert model.coef.grad is not None
-        return model.coef.grad
-
-    return step
+    return partial(learning_step, model, images)
 
 
 def _loop(

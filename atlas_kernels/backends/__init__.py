@@ -19,9 +19,11 @@ _log = logging.getLogger("atlas_kernels")
 
 # What "auto" tries for a device, best first; "torch" serves every other device, and float64. On an
 # H200 the CUDA extension took 0.4 of Triton's time for lists, and 0.5 to 1.08 for banks.
-_PREFERENCE = {"cpu": ("cpp", "torch"), "cuda": ("cuda", "triton", "torch")}
-# PyTorch calls these GPUs "cuda" as well.
-_ROCM_PREFERENCE = ("triton", "torch")
+_PREFERENCE = {
+    "cpu": ("cpp", "torch"),
+    "cuda": ("cuda", "triton", "torch"),
+    "hip": ("triton", "torch"),
+}
 
 
 class Backend(Protocol):
@@ -90,9 +92,9 @@ resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 @functools.cache
 def _automatic(device_type: str, float64: bool) -> str:
-    preference = ("torch",) if float64 else _PREFERENCE.get(device_type, ("torch",))
-    if torch_version.hip and "cuda" in preference:
-        preference = _ROCM_PREFERENCE
+    # PyTorch calls the GPUs of ROCm "cuda" as well.
+    kind = "hip" if device_type == "cuda" and torch_version.hip else device_type
+    preference = ("torch",) if float64 else _PREFERENCE.get(kind, ("torch",))
     reasons = []
     for name in preference:
         reason = _unavailable(name)

@@ -194,16 +194,17 @@ def partition_coef_grad(
 
 def compose(base: Sequence[Tensor], deltas: Sequence[Tensor], coef: Tensor) -> list[Tensor]:
     """`reference.compose` in one launch."""
+    base_dtypes, delta_dtypes = _dtypes(base), _dtypes(deltas)
+    dtypes = base_dtypes | delta_dtypes
+    _check(base, deltas, dtypes)
     out = [torch.empty_like(block, memory_format=torch.contiguous_format) for block in base]
-    _check(base, deltas)
     if not any(block.numel() for block in base):
         return out
     num_vectors, num_blocks = coef.shape
     base, deltas = _contiguous(base), _contiguous(deltas)
-    base_dtype, delta_dtype = _common_dtype(base), _common_dtype(deltas)
+    base_dtype, delta_dtype = _common(base_dtypes, base), _common(delta_dtypes, deltas)
     device = base[0].device
-    dtypes = (*set(map(_dtype_of, base)), *set(map(_dtype_of, deltas)))
-    launch = config.forward(dtypes, num_vectors, _architecture(device))
+    launch = config.forward(tuple(dtypes), num_vectors, _architecture(device))
     with _on(device):
         numel, block_tile, tile_block = _tiles(base, launch.tile)
         kernels.compose_kernel[(tile_block.numel(),)](
@@ -223,7 +224,7 @@ def coef_grad(grads: Sequence[Tensor], deltas: Sequence[Tensor], dtype: torch.dt
     num_blocks = len(grads)
     num_vectors = len(deltas) // num_blocks
     grads, deltas = _contiguous(grads), _contiguous(deltas)
-    grad_dtype, delta_dtype = _common_dtype(grads), _common_dtype(deltas)
+    grad_dtype, delta_dtype = _common(_dtypes(grads), grads), _common(_dtypes(deltas), deltas)
     device = grads[0].device
     launch = config.BACKWARD
     with _on(device):
@@ -255,12 +256,16 @@ def _sum_tiles(part: Tensor, block_tile: Tensor, dtype: torch.dtype) -> Tensor:
     return result.to(dtype)
 
 
-def _check(base: Sequence[Tensor], deltas: Sequence[Tensor]) -> None:
+def _dtypes(tensors: Sequence[Tensor]) -> set[torch.dtype]:
+    return set(map(_dtype_of, tensors))
+
+
+def _check(base: Sequence[Tensor], deltas: Sequence[Tensor], dtypes: set[torch.dtype]) -> None:
     """Raises unless the kernels can compose these, by as few steps of Python as may be.
 
     `compose.check` finds the words.
     """
-    if not _CODE.keys() >= {*map(_dtype_of, base), *map(_dtype_of, deltas)}:
+    if not _CODE.keys() >= dtypes:
         raise TypeError("expected float32, bfloat16 or float16")
     if set(map(Tensor.get_device, deltas)) - {base[0].get_device()}:
         raise ValueError("deltas are on another device")
@@ -279,9 +284,8 @@ def _contiguous(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
     return [tensor.contiguous() for tensor in tensors]
 
 
-def _common_dtype(tensors: Sequence[Tensor]) -> Any:
-    """The Triton dtype of all tensors that have elements; None if they differ."""
-    dtypes = set(map(_dtype_of, tensors))
+def _common(dtypes: set[torch.dtype], tensors: Sequence[Tensor]) -> Any:
+    """The Triton dtype of all tensors, of these dtypes, that have elements; None if they differ."""
     if len(dtypes) > 1:
         # A placeholder for an absent delta may have another dtype than the deltas.
         dtypes = {tensor.dtype for tensor in tensors if tensor.numel()}
