@@ -7,9 +7,11 @@ READY := .venv/.ready
 # What is imported is compiled then: most of PyTorch never is.
 PIP := pip install --quiet --no-compile
 # By files: what a module's tests share is made once.
+COMPATIBLE := bank/test_bank.py models/test_composed_model.py vectors/test_task_vector.py \
+	$(addprefix ops/test_,backends.py compose.py cpp.py layout.py)
 PARALLEL := -n logical --maxprocesses 4 --dist loadfile
 NATIVE := $(wildcard csrc/*.h csrc/*/*)
-CXX_SOURCES := $(NATIVE) $(wildcard tests/cuda_shim/* tests/cpu_sanitize/*)
+CXX_SOURCES := $(NATIVE) $(wildcard tests/ops/cuda_shim/* tests/ops/cpu_sanitize/*)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test compatibility lint format kernels gpu bench clean
@@ -18,7 +20,7 @@ help:
 	@echo "make demo     set up .venv and learn a composition of task vectors on real images"
 	@echo "make test     set up .venv if need be and pass the tests"
 	@echo "make compatibility  the operator's tests on an older PyTorch, with the binary built here"
-	@echo "make lint     formatting, style and types"
+	@echo "make lint     formatting, style, types and the rooms"
 	@echo "make format   rewrites the sources as lint wants them"
 	@echo "make kernels  the proofs of the GPU kernels alone (part of make test)"
 	@echo "make gpu      the operator's tests on this machine's GPU"
@@ -41,21 +43,23 @@ test: $(READY)
 # One binary serves several versions of PyTorch: this one runs what was built on the newest.
 compatibility: $(READY)
 	test -x $(OLDER)/python || $(PYTHON) -m venv .venv/older
-	$(OLDER)/python -m $(PIP) torch==2.13.0 hypothesis numpy pytest pytest-xdist rich safetensors tqdm
+	$(OLDER)/python -m $(PIP) torch==2.13.0 hypothesis lazy_loader numpy pytest pytest-xdist rich safetensors tqdm
 	ATLAS_KERNELS_REQUIRED_BACKENDS=torch,cpp $(OLDER)/python -m pytest $(PARALLEL) \
-	  $(addprefix tests/test_,backends.py bank.py compose.py composed.py cpp.py layout.py task_vector.py)
+	  $(addprefix tests/,$(COMPATIBLE))
 
 kernels: $(READY)
-	$(BIN)/python -m pytest $(PARALLEL) tests/test_triton*.py tests/test_cuda.py
+	$(BIN)/python -m pytest $(PARALLEL) tests/ops/test_triton*.py tests/ops/test_cuda.py
 
 gpu: $(READY)
 	ATLAS_KERNELS_ON_GPU=1 $(BIN)/python -m pytest -k 'triton or cuda or test_gpu' \
-	  $(addprefix tests/test_,gpu.py compose.py bank.py codecs.py partition.py)
+	  tests/bank/test_bank.py \
+	  $(addprefix tests/ops/test_,gpu.py compose.py codecs.py partition.py)
 
 lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
 
 format: $(READY)
@@ -67,4 +71,4 @@ bench: $(READY)
 	$(BIN)/python -m bench.run
 
 clean:
-	rm -rf .venv build *.egg-info atlas_kernels/*.so
+	rm -rf .venv build *.egg-info atlas_kernels/ops/backends/*.so

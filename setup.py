@@ -78,7 +78,7 @@ class Build(build_ext):
 
     def build_extension(self, ext):
         torch = torch_root()
-        if ext.name == "atlas_kernels._cuda":
+        if ext.name.endswith("._cuda"):
             self.build_cuda(ext, torch)
             return
         ext.include_dirs = [str(torch / "include")]
@@ -111,7 +111,7 @@ class Build(build_ext):
 def extension(name, switch, **arguments):
     """A stable-ABI extension whose failure to build is a warning unless its switch is 1."""
     return Extension(
-        f"atlas_kernels.{name}",
+        f"atlas_kernels.ops.backends.{name}",
         language="c++",
         optional=os.environ.get(switch) != "1",
         py_limited_api=True,

@@ -1,24 +1,10 @@
-"""Fast, small composition of task vectors: theta_j = theta0_j + sum_i lambda_ij * tau_ij."""
+"""Fast, small composition of task vectors: theta_j = theta0_j + sum_i lambda_ij * tau_ij.
 
-from .backends import BackendUnavailableError, backends
-from .bank import TaskVectorBank
-from .compose import compose
-from .composed import ComposedModel
-from .linearized import LinearizedModel
-from .low_rank import LowRank
-from .plan import Plan, plan
-from .task_vector import TaskVector
+Names are imported when they are used: ``import atlas_kernels`` alone loads neither PyTorch nor a
+device nor a compiler.
+"""
 
-__all__ = [
-    "BackendUnavailableError",
-    "ComposedModel",
-    "LinearizedModel",
-    "LowRank",
-    "Plan",
-    "TaskVector",
-    "TaskVectorBank",
-    "backends",
-    "compose",
-    "plan",
-]
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 __version__ = "0.1.0"

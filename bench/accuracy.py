@@ -20,12 +20,14 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from atlas_kernels import TaskVectorBank, plots
-from atlas_kernels.embedded.assets import load_model, load_task_vectors
+from atlas_kernels.bank.task_vector_bank import TaskVectorBank
 from atlas_kernels.experiments.config import Suite, checked
 from atlas_kernels.experiments.published import read_suite
 from atlas_kernels.experiments.results import Entry, entry, standard_error, write_json
 from atlas_kernels.experiments.suite import run_suite
+from atlas_kernels.report import plots
+from atlas_kernels.tasks.embedded.model import load_model
+from atlas_kernels.tasks.embedded.vectors import load_task_vectors
 
 CODECS = ("bf16", "int8", "int4", "int3", "int2", "sign", "auto:3", "auto:2")
 

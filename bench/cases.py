@@ -8,7 +8,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from atlas_kernels.layout import Layout, pieces
+from atlas_kernels.ops.layout import Layout, pieces
 
 
 @dataclass(frozen=True)

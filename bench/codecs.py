@@ -20,9 +20,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from atlas_kernels.codecs import CODECS, Codec, Packed
-from atlas_kernels.layout import Layout
-from atlas_kernels.segment import Segment
+from atlas_kernels.bank.segment import Segment
+from atlas_kernels.ops.codecs import CODECS, Codec
+from atlas_kernels.ops.codecs.packed import Packed
+from atlas_kernels.ops.layout import Layout
 
 from .cases import Case, vit_b_32
 from .measure import BACKENDS, bandwidth_probes, interleaved, machine, write_rows

@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 import atlas_kernels as ak
-from atlas_kernels.codecs import CODECS, Packed
-from atlas_kernels.codecs.packed import GROUP, quantize
-from atlas_kernels.embedded.assets import load_task_vectors
+from atlas_kernels.ops.codecs import CODECS
+from atlas_kernels.ops.codecs.packed import GROUP, Packed, quantize
+from atlas_kernels.tasks.embedded.vectors import load_task_vectors
 
 # The shared vector's bits, the differences' bits.
 RESIDUALS = ((3, 2), (4, 2), (4, 1), (2, 2))

@@ -19,10 +19,10 @@ from rich.console import Console
 from rich.table import Table
 
 import atlas_kernels as ak
-from atlas_kernels.backends.triton import config
-from atlas_kernels.codecs import CODECS
-from atlas_kernels.layout import TILE
-from atlas_kernels.segment import Segment
+from atlas_kernels.bank.segment import Segment
+from atlas_kernels.ops.backends.triton import config
+from atlas_kernels.ops.codecs import CODECS
+from atlas_kernels.ops.layout import TILE
 
 from .cases import Inputs, vit_b_32
 from .codecs import random_segment

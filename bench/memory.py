@@ -30,10 +30,10 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import atlas_kernels as ak
-from atlas_kernels.clip import image_encoder
-from atlas_kernels.memory import PeakMemory
-from atlas_kernels.plan import activation_bytes
-from atlas_kernels.stream import open_direct
+from atlas_kernels.bank.stream import open_direct
+from atlas_kernels.models.live_memory import PeakMemory
+from atlas_kernels.models.planning import activation_bytes
+from atlas_kernels.tasks.clip.model import image_encoder
 
 from .measure import learning_step, machine
 

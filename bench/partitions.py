@@ -21,10 +21,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from atlas_kernels.codecs import CODECS
-from atlas_kernels.layout import TILE, pieces
-from atlas_kernels.partition import group_of, slots, tile_keys
-from atlas_kernels.segment import Segment
+from atlas_kernels.bank.segment import Segment
+from atlas_kernels.ops.codecs import CODECS
+from atlas_kernels.ops.groups import group_of, slots, tile_keys
+from atlas_kernels.ops.layout import TILE, pieces
 
 from .cases import Case, vit_b_32
 from .codecs import DIRECTIONS, VERIFIED_BLOCKS, random_segment

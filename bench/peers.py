@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import atlas_kernels as ak
-from atlas_kernels.compose import bank_compose
+from atlas_kernels.ops.composition import bank_compose
 
 from .cases import Inputs
 

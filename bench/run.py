@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from atlas_kernels import reference
+from atlas_kernels.ops import reference
 
 from .cases import Inputs, tiny, vit_b_32
 from .measure import (

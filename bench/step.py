@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import atlas_kernels as ak
-from atlas_kernels.clip import image_encoder
+from atlas_kernels.tasks.clip.model import image_encoder
 
 from .measure import BACKENDS, interleaved, learning_step, machine, with_peak, write_rows
 

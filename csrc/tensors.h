@@ -117,7 +117,7 @@ class TensorList {
   std::vector<AtenTensorHandle> handles_;
 };
 
-// Whether this is the shape of ABSENT in atlas_kernels/ops.py.
+// Whether this is the shape of ABSENT in atlas_kernels/ops/schema.py.
 inline bool is_absent(IntHeaderOnlyArrayRef shape) {
   return shape.size() == 8 &&
          std::all_of(shape.begin(), shape.end(), [](int64_t n) { return n == 0; });

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
-from atlas_kernels import ops
-from atlas_kernels.backends import cuda, triton
+from atlas_kernels.ops import schema as ops
+from atlas_kernels.ops.backends import cuda, triton
 
 ENABLED = os.environ.get("ATLAS_KERNELS_ON_GPU") == "1"
 BACKENDS = {"triton": triton, "cuda": cuda}

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from atlas_kernels.layout import TILE
+from atlas_kernels.ops.layout import TILE
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FORMS = ("plain", "offset", "sliced", "transposed", "expanded")
@@ -35,7 +35,7 @@ Shape = tuple[int, ...]
 
 def need(backend: str) -> None:
     """Skips the test if a backend cannot run on CPU tensors here; "torch" always must."""
-    name = f"atlas_kernels.backends.{backend}"
+    name = f"atlas_kernels.ops.backends.{backend}"
     if importlib.util.find_spec(name) is None:
         reason: str | None = f"{name} does not exist"
     else:

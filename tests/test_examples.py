@@ -10,24 +10,24 @@ from pathlib import Path
 import pytest
 
 MODULES = (
-    "backends",
-    "bank",
-    "compose",
-    "composed",
-    "data.out_of_domain",
-    "data.task",
+    "bank.task_vector_bank",
     "learn.adapters",
     "learn.analysis",
     "learn.few_shot",
-    "learn.finetune",
+    "learn.finetuning",
     "learn.per_instance",
     "learn.selection",
     "learn.test_time",
-    "linearized",
-    "low_rank",
-    "memory",
-    "plan",
-    "task_vector",
+    "models.composed_model",
+    "models.linearized",
+    "models.live_memory",
+    "models.planning",
+    "ops.backends",
+    "ops.composition",
+    "tasks.embedded.image_task",
+    "tasks.embedded.out_of_domain",
+    "vectors.low_rank",
+    "vectors.task_vector",
 )
 
 

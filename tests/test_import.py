@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parent.parent / "atlas_kernels"
+PACKAGE = Path(__file__).parents[1] / "atlas_kernels"
 
 # A package that is not installed: no finder knows it.
 BLOCK = """
@@ -62,7 +62,7 @@ import atlas_kernels as ak
 new = {name.partition(".")[0] for name in set(sys.modules) - before}
 heavy = "triton open_clip torchvision matplotlib PIL sklearn scipy nevergrad"
 assert not new & set(heavy.split()), new
-assert "atlas_kernels.learn" not in sys.modules and "atlas_kernels.clip" not in sys.modules
+assert "atlas_kernels.learn" not in sys.modules and "atlas_kernels.tasks.clip" not in sys.modules
 assert not torch.cuda.is_initialized()
 assert dict(os.environ) == environment and torch.get_num_threads() == threads
 assert not torch.are_deterministic_algorithms_enabled()
@@ -108,7 +108,7 @@ import logging
 import sys
 import torch
 import atlas_kernels as ak
-from atlas_kernels.backends import cpp
+from atlas_kernels.ops.backends import cpp
 cpp.unavailable = lambda: "it was never built: build it"
 logging.basicConfig(stream=sys.stdout, format="%(levelname)s %(message)s")
 """

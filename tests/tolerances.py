@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from atlas_kernels.layout import TILE
+from atlas_kernels.ops.layout import TILE
 
 EPS = torch.finfo(torch.float32).eps
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ..experiments.config import Cell, Suite
+    from ..experiments import Cell, Suite
 
 ASSETS = "assets"
 STEP_COST = "step-cost.json"
@@ -54,7 +54,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise ImportError(
             f"the demo needs {', '.join(lacking)}: run pip install 'atlas_kernels[demo]'"
         )
-    from ..experiments.published import read_suite
+    from ..experiments import read_suite
 
     out: Path = arguments.out
     if out.exists() and not out.is_dir():
@@ -65,9 +65,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 def run_demo(suite: Suite, out: Path, *, processes: int | None = None) -> None:
     """Runs a suite like the demo's, and writes all that the command promises."""
-    from ..experiments.results import RESULTS
-    from ..experiments.suite import run_suite
-    from .report import print_results, print_step_cost, write_pictures
+    from ..experiments import RESULTS, run_suite
+    from ..report import print_results, print_step_cost, write_pictures
 
     kept = kept_cells(suite)
     records = run_suite(suite, out, kept=kept, processes=processes)
@@ -82,7 +81,7 @@ def run_demo(suite: Suite, out: Path, *, processes: int | None = None) -> None:
 
 def kept_cells(suite: Suite) -> list[Cell]:
     """The runs whose coefficients and merged models are written: one per target."""
-    from .report import ATLAS
+    from ..report import ATLAS
 
     first = suite.experiments[0]
     assert first.axis is not None
@@ -101,8 +100,7 @@ def _adjusted(suite: Suite, arguments: argparse.Namespace) -> Suite:
     suite = suite.model_copy(update={"experiments": experiments})
     if not arguments.from_scratch:
         return suite
-    from ..embedded.make_assets import make_assets
-    from ..experiments.config import Embedded
+    from ..experiments import Embedded, make_assets
 
     folder = arguments.out.resolve() / ASSETS
     try:
@@ -116,11 +114,7 @@ def _adjusted(suite: Suite, arguments: argparse.Namespace) -> Suite:
 
 def _step_cost(suite: Suite, cell: Cell, path: Path) -> dict[str, Any]:
     """What a learning step of a run costs; measured once, with nothing else going on."""
-    from ..experiments.processes import one_thread
-    from ..experiments.results import write_json
-    from ..experiments.setting import Setting
-    from ..experiments.step_cost import step_cost
-    from ..experiments.workspace import open_workspace
+    from ..experiments import Setting, one_thread, open_workspace, step_cost, write_json
 
     if not path.exists():
         setting = Setting(open_workspace(suite.source), dict(suite.runs())[cell])

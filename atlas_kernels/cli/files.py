@@ -80,8 +80,8 @@ def _diff(arguments: argparse.Namespace) -> None:
     output = _checked(arguments.output, arguments.base, arguments.finetuned)
     import torch
 
-    from ..checkpoints import read_state_dict
-    from ..task_vector import TaskVector
+    from ..files import read_state_dict
+    from ..vectors import TaskVector
 
     vector = TaskVector.from_state_dicts(
         read_state_dict(arguments.base, allow_pickle=arguments.allow_pickle),
@@ -100,8 +100,8 @@ def _diff(arguments: argparse.Namespace) -> None:
 def _bank(arguments: argparse.Namespace) -> None:
     output = _checked(arguments.output, arguments.base, *arguments.vectors)
     from ..bank import TaskVectorBank
-    from ..checkpoints import read_state_dict
-    from ..task_vector import TaskVector
+    from ..files import read_state_dict
+    from ..vectors import TaskVector
 
     bank = TaskVectorBank.pack(
         output,
@@ -121,8 +121,8 @@ def _bank(arguments: argparse.Namespace) -> None:
 def _merge(arguments: argparse.Namespace) -> None:
     output = _checked(arguments.output, arguments.bank, arguments.coefficients)
     from ..bank import TaskVectorBank
-    from ..checkpoints import write_tensors
-    from ..composed import read_coefficients
+    from ..files import write_tensors
+    from ..models import read_coefficients
 
     bank = TaskVectorBank.load(arguments.bank)
     coef, seed = read_coefficients(arguments.coefficients, bank)
@@ -132,8 +132,8 @@ def _merge(arguments: argparse.Namespace) -> None:
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
-    from ..checkpoints import describe, read_state_dict
-    from .output import print_table, size
+    from ..files import describe, read_state_dict
+    from ..report import print_table, size
 
     path: Path = arguments.file
     if path.suffix == ".safetensors":
@@ -153,7 +153,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
     elif kind == "bank":
         _inspect_bank(path, arguments.picture)
     elif kind == "coefficients":
-        from ..checkpoints import read_tensors
+        from ..files import read_tensors
 
         values = read_tensors(path, kind)[0]["coef"]
         print(f"{path}: coefficients {tuple(values.shape)}, {stored}")
@@ -178,8 +178,8 @@ def _inspect(arguments: argparse.Namespace) -> None:
 
 def _inspect_bank(path: Path, picture: Path | None) -> None:
     from ..bank import TaskVectorBank
-    from ..codecs import codec_named
-    from .output import print_table, size
+    from ..ops import codec_named
+    from ..report import print_table, size
 
     bank = TaskVectorBank.load(path)
     bits = [codec_named(codec).bits_per_weight for codec in bank.codecs]
@@ -206,7 +206,7 @@ def _inspect_bank(path: Path, picture: Path | None) -> None:
         numbers=2,
     )
     if picture is not None:
-        from ..plots import bank_figure, save
+        from ..report import bank_figure, save
 
         title = f"{path.name}: codec {bank.codec}, {bank.bits_per_weight:.2f} bits per weight"
         save(bank_figure(bank.errors.numpy(), bits, bank.names, bank.blocks, title=title), picture)
@@ -241,7 +241,7 @@ def _count(tensors: Mapping[str, tuple[str, list[int]]]) -> str:
 
 
 def _print_tensors(tensors: Mapping[str, tuple[str, list[int]]]) -> None:
-    from .output import print_table
+    from ..report import print_table
 
     print_table(
         ("tensor", "dtype", "shape"),

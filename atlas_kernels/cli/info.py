@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     import atlas_kernels as ak
 
-    from .output import print_table
+    from ..report import print_table
 
     versions = [
         ("atlas_kernels", ak.__version__),

@@ -15,19 +15,22 @@ from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 
-from ..experiments.config import (
+from ..experiments import (
+    CONFIG,
     METHODS,
+    RESULTS,
     Checkpoints,
     Own,
     Single,
     checked,
     read_yaml,
+    versions,
+    write_json,
     write_yaml,
 )
-from ..experiments.results import CONFIG, RESULTS, versions, write_json
 
 if TYPE_CHECKING:
-    from ..experiments.setting import Result, Setting
+    from ..experiments import Result, Setting
     from ..learn import Learned
 
 STATE = "training.safetensors"
@@ -126,8 +129,7 @@ def _learn(arguments: argparse.Namespace) -> None:
     folder: Path = arguments.output
     _check_folder(folder)
     _check_state(folder, config, arguments.resume)
-    from ..experiments.setting import Setting
-    from ..experiments.workspace import open_workspace
+    from ..experiments import Setting, open_workspace
 
     space = open_workspace(config.source, folder / "vectors")
     setting = Setting(space, config.run, folder, folder / STATE)
@@ -210,8 +212,7 @@ def _fill_in(source: dict[str, Any], run: dict[str, Any], method: str) -> None:
 
 
 def _run(setting: Setting, config: Single) -> None:
-    from ..experiments.files import write_models
-    from ..experiments.methods import perform
+    from ..experiments import perform, write_models
 
     folder = setting.folder
     assert folder is not None
@@ -240,7 +241,7 @@ def _run(setting: Setting, config: Single) -> None:
 
 
 def _write_picture(setting: Setting, learned: Learned, folder: Path) -> str:
-    from ..plots import history_figure, save
+    from ..report import history_figure, save
 
     losses = [entry["loss"] for entry in learned.history[1:]]
     scores = [entry["score"] for entry in learned.history]
@@ -250,7 +251,7 @@ def _write_picture(setting: Setting, learned: Learned, folder: Path) -> str:
 
 def _zero_shot(setting: Setting) -> dict[str, Any]:
     """What the base reaches, where that can be measured in the same way."""
-    from ..experiments.methods import perform
+    from ..experiments import perform
 
     run = setting.run
     fields = {"how": "zero-shot", "adapter": "none", "select": "all", "budget": None}
@@ -261,7 +262,7 @@ def _zero_shot(setting: Setting) -> dict[str, Any]:
 
 
 def _print_metrics(setting: Setting, result: Result, zero_shot: dict[str, Any]) -> None:
-    from .output import print_table
+    from ..report import print_table
 
     before, after = _accuracies(zero_shot), _accuracies(result.metrics)
     rows = [

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from ..plan import Plan
+    from ..models import Plan
 
 # Dtype and shape of tensors by name.
 Described = dict[str, tuple[str, list[int]]]
@@ -57,7 +57,7 @@ def _run(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--batch is {arguments.batch}, expected 1 or more")
     if not arguments.files and arguments.model is None:
         raise ValueError("nothing to plan: name a bank, a checkpoint, or --model NAME")
-    from ..plan import activation_bytes, plan, plans
+    from ..models import activation_bytes, plan, plans
 
     model, options = _model(arguments)
     if arguments.model is not None:
@@ -75,7 +75,7 @@ def _run(arguments: argparse.Namespace) -> None:
     every = plans(model, count, **options)
     fitting = [its for its in every if its.peak <= budget]
     if not fitting:
-        from .output import size
+        from ..report import size
 
         least = min(every, key=lambda its: its.peak)
         activations = least.parts.get("activations", 0)
@@ -100,7 +100,7 @@ def _model(arguments: argparse.Namespace) -> tuple[dict[str, Tensor] | nn.Module
     """The base without its data, and what else the files say."""
     if not arguments.files:
         return None, {}
-    from ..checkpoints import describe
+    from ..files import describe
 
     first, *vectors = arguments.files
     if first.suffix == ".safetensors":
@@ -169,10 +169,10 @@ def _bank(path: Path, fields: dict[str, Any], tensors: Described) -> tuple[dict[
 def _deltas(path: Path) -> dict[str, tuple[list[int], int | None]]:
     """Shape of every delta of a task vector or an adapter, and its rank if it is low-rank."""
     if path.is_dir():
-        from ..peft import read_adapter
+        from ..vectors import read_adapter
 
         return {name: (list(its.shape), its.rank) for name, its in read_adapter(path).items()}
-    from ..checkpoints import describe
+    from ..files import describe
 
     kind, _, tensors = describe(path)
     if kind != "task_vector":
@@ -197,7 +197,7 @@ def _literal(name: str) -> str:
 
 
 def _pickled(path: Path) -> Described:
-    from ..checkpoints import read_state_dict
+    from ..files import read_state_dict
 
     return {
         name: (str(tensor.dtype).removeprefix("torch."), list(tensor.shape))
@@ -208,7 +208,7 @@ def _pickled(path: Path) -> Described:
 def _ghosts(described: Described) -> dict[str, Tensor]:
     import torch
 
-    from ..checkpoints import torch_dtype
+    from ..files import torch_dtype
 
     return {
         name: torch.empty(shape, dtype=torch_dtype(dtype), device="meta")
@@ -219,7 +219,7 @@ def _ghosts(described: Described) -> dict[str, Tensor]:
 def _encoder(name: str) -> nn.Module:
     import torch
 
-    from ..clip import image_encoder
+    from ..tasks.clip import image_encoder
 
     with torch.device("meta"):
         return image_encoder(name)
@@ -243,7 +243,7 @@ def _count(arguments: argparse.Namespace, options: dict[str, Any]) -> int:
 
 
 def _print(its: Plan, known: bool) -> None:
-    from .output import print_table, size
+    from ..report import print_table, size
 
     rows = [(part, size(count)) for part, count in its.parts.items()]
     if not known:
@@ -265,7 +265,7 @@ def _print(its: Plan, known: bool) -> None:
 
 
 def _print_fitting(fitting: list[Plan], budget: str) -> None:
-    from .output import print_table, size
+    from ..report import print_table, size
 
     best = fitting[0]
     print_table(

@@ -33,16 +33,14 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
 
 
 def _reproduce(arguments: argparse.Namespace) -> None:
-    from ..experiments.published import suite_names
+    from ..experiments import suite_names
 
     if arguments.name is None:
         _list(suite_names())
         return
-    from ..experiments.report import PAGE, table, write_report
-    from ..experiments.results import RESULTS
-    from ..experiments.suite import run_suite
+    from ..experiments import RESULTS, run_suite
+    from ..report import PAGE, print_table, table, write_report
     from .info import missing
-    from .output import print_table
 
     lacking = missing("demo")
     if lacking:
@@ -64,7 +62,7 @@ def _reproduce(arguments: argparse.Namespace) -> None:
 
 
 def _suite(arguments: argparse.Namespace) -> Any:
-    from ..experiments.published import load_suite
+    from ..experiments import load_suite
 
     files = arguments.checkpoints, arguments.data
     source = None
@@ -90,8 +88,8 @@ def _suite(arguments: argparse.Namespace) -> Any:
 
 
 def _list(names: tuple[str, ...]) -> None:
-    from ..experiments.published import read_suite
-    from .output import print_table
+    from ..experiments import read_suite
+    from ..report import print_table
 
     rows = [(name, read_suite(name).title) for name in names]
     print_table(("NAME", "what it runs"), rows, title="atlas-kernels reproduce NAME")

@@ -24,9 +24,9 @@ from pydantic import (
     model_validator,
 )
 
-from ..checkpoints import write_atomically
-from ..codecs import parse_codec
+from ..files import write_atomically
 from ..learn import Recipe
+from ..ops import parse_codec
 
 Vectors = Literal["standard", "linear", "lora-product", "lora-factorwise"]
 Model = TypeVar("Model", bound="Schema")

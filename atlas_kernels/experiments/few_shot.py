@@ -12,9 +12,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..clip import ImageClassifier
-from ..composed import ComposedModel
-from ..data import LabelledImages
 from ..learn import (
     GRID,
     TIP_JOINT,
@@ -39,8 +36,10 @@ from ..learn import (
     tip_adapter,
     virtual_vectors,
 )
-from ..memory import PeakMemory
-from ..task_vector import TaskVector
+from ..models import ComposedModel, PeakMemory
+from ..tasks.clip import ImageClassifier
+from ..tasks.images import LabelledImages
+from ..vectors import TaskVector
 from .config import FewShotRun
 from .setting import Result, Setting
 from .workspace import OwnWorkspace

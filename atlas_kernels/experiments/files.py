@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..checkpoints import write_tensors
+from ..files import write_tensors
 from ..learn import LPPlusPlus, TipAdapter
-from ..linearized import LinearizedModel
+from ..models import LinearizedModel
 from .setting import Result
 
 

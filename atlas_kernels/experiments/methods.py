@@ -30,7 +30,7 @@ from ..learn import (
     search_addition,
     search_negation,
 )
-from ..task_vector import TaskVector
+from ..vectors import TaskVector
 from .config import (
     AdditionRun,
     CosineRun,

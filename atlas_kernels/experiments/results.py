@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints import write_atomically
+from ..files import write_atomically
 from .config import Arm, Cell, Experiment, Suite, write_yaml
 
 RESULTS = "results.json"

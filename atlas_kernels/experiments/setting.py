@@ -11,20 +11,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..clip import ImageClassifier
-from ..composed import ComposedModel
-from ..data import LabelledImages
-from ..learn import (
-    ImageBatches,
-    Learned,
-    accuracy,
-    classify,
-    learn,
-    oversample,
-    weights_only,
-)
-from ..linearized import LinearizedModel
-from ..task_vector import TaskVector
+from ..learn import ImageBatches, Learned, accuracy, classify, learn, oversample, weights_only
+from ..models import ComposedModel, LinearizedModel
+from ..tasks.clip import ImageClassifier
+from ..tasks.images import LabelledImages
+from ..vectors import TaskVector
 from .config import AdditionRun, FewShotRun, NegationRun, Run
 from .workspace import OwnWorkspace, Workspace
 

@@ -15,18 +15,29 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..bank import TaskVectorBank
-from ..checkpoints import digest, read_state_dict
-from ..clip import build_model, preprocess_for, zero_shot_head
-from ..data import ImageTask, embedded_out_of_domain, embedded_task, load_task, task_names
-from ..data.catalog import CATALOG, load_images
-from ..data.folder import load_folder
-from ..data.out_of_domain import OutOfDomain, load_out_of_domain
-from ..embedded import WEIGHTS
-from ..embedded.assets import load_model, load_task_vectors
-from ..embedded.vectors import Kind, make_vector
+from ..files import digest, read_state_dict
 from ..learn import features
-from ..task_vector import TaskVector
+from ..tasks.clip import build_model, preprocess_for, zero_shot_head
+from ..tasks.embedded import (
+    WEIGHTS,
+    embedded_out_of_domain,
+    embedded_task,
+    load_model,
+    load_task,
+    load_task_vectors,
+    task_names,
+)
+from ..tasks.images import (
+    CATALOG,
+    ImageTask,
+    OutOfDomain,
+    load_folder,
+    load_images,
+    load_out_of_domain,
+)
+from ..vectors import TaskVector
 from .config import Checkpoints, Embedded, Own, Run, Source, Vectors
+from .embedded.make_vectors import Kind, make_vector
 from .processes import default_processes, run_jobs
 
 _ENCODER = "visual."

@@ -32,7 +32,7 @@ from .arithmetic import (
     weights_only,
 )
 from .few_shot import ImageBatches, accuracy, classify, features, oversample, sample_shots
-from .finetune import (
+from .finetuning import (
     FINETUNING,
     LORA_FINETUNING,
     LORA_TARGETS,
@@ -43,8 +43,8 @@ from .finetune import (
     finetune,
 )
 from .gradient_free import learn_gradient_free, summed_cross_entropy
+from .grid_search import GRID, isotropic, search, single_vector
 from .per_instance import PER_INSTANCE, PerInstance
-from .search import GRID, isotropic, search, single_vector
 from .selection import (
     gradient_scores,
     select_blocks,

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize, one_hot
 
-from ..checkpoints import parts_of, read_tensors, write_tensors
-from ..clip import ImageClassifier
-from ..data import Images, LabelledImages
+from ..files import parts_of, read_tensors, write_tensors
+from ..tasks.clip import ImageClassifier
+from ..tasks.images import Images, LabelledImages
 from .few_shot import ImageBatches, accuracy, classify, features, oversample
 from .trainer import Learned, Objective, Recipe, backward, learn
 
@@ -278,7 +278,7 @@ def tip_adapter(
 
     Source: aTLAS (arXiv 2407.02880), section 5.1 and appendix D.3.
 
-    Example (a `ComposedModel` under a head; ``task`` is an `atlas_kernels.data.ImageTask`):
+    Example (a `ComposedModel` under a head; ``task`` is an `atlas_kernels.tasks.images.ImageTask`):
         ``shots = task.train.subset(sample_shots(task.train.labels, 4, seed=0))``
         ``adapted = tip_adapter(ImageClassifier(encoder, head), shots, task.validation)``
         ``adapted.adapter.save("adapter.safetensors")``

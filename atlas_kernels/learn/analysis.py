@@ -8,11 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from ..bank import TaskVectorBank
-from ..checkpoints import digest
-from ..composed import ComposedModel
-from ..data import Images
-from ..low_rank import to_dense
-from ..task_vector import TaskVector
+from ..files import digest
+from ..models import ComposedModel
+from ..tasks.images import Images
+from ..vectors import TaskVector, to_dense
 from .few_shot import features
 
 # Elements of a block at a time: their products are in float64.
@@ -50,7 +49,7 @@ def disentanglement_error(
 
     Example:
         >>> import torch, atlas_kernels as ak
-        >>> from atlas_kernels.data import Images
+        >>> from atlas_kernels.tasks.images import Images
         >>> from atlas_kernels.learn import disentanglement_error
         >>> module = torch.nn.Linear(2, 2, bias=False).requires_grad_(False)
         >>> _ = module.weight.copy_(torch.eye(2))

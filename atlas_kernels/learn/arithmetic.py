@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from ..clip import ImageClassifier
-from ..composed import ComposedModel
-from .search import GRID, isotropic, search
+from ..models import ComposedModel
+from ..tasks.clip import ImageClassifier
+from .grid_search import GRID, isotropic, search
 from .trainer import Batches, Learned, Recipe, learn
 
 _PUBLISHED_NEGATION = {
@@ -51,7 +51,7 @@ class JointTask:
     """One of the tasks that share a composed encoder.
 
     Attributes:
-        head: [C, d], frozen, on the encoder's device (see `atlas_kernels.clip.zero_shot_head`).
+        head: [C, d], frozen, on the encoder's device (see `zero_shot_head`).
         batches: pairs of images and labels (int64) to learn from; the paper takes them from the
             validation images.
         evaluate: the accuracy of an image classifier in [0, 1], on validation images.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
-from ..data import Images
+from ..tasks.images import Images
 
 Transform = Callable[[Tensor, torch.Generator], Tensor]
 
@@ -130,7 +130,7 @@ def features(
 
     Example:
         >>> import torch
-        >>> from atlas_kernels.data import Images
+        >>> from atlas_kernels.tasks.images import Images
         >>> from atlas_kernels.learn import features
         >>> inputs = torch.tensor([[3.0, 4.0], [0.0, 2.0]])
         >>> images = Images(2, lambda chosen: inputs[chosen], lambda chosen, _: inputs[chosen])

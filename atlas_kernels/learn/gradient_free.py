@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
-from ..composed import ComposedModel
-from ..data.images import LabelledImages
+from ..models import ComposedModel
+from ..tasks.images import LabelledImages
 
 # About the size of learned coefficients.
 _FIRST_STEP = 0.1

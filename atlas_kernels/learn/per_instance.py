@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..composed import ComposedModel
+from ..models import ComposedModel
 from .trainer import Recipe
 
 PER_INSTANCE = Recipe(epochs=1, lr=1e-4, warmup=500)

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
-from ..composed import ComposedModel
-from ..factorwise import factor_names
-from ..task_vector import TaskVector
+from ..bank import factor_names
+from ..models import ComposedModel
+from ..vectors import TaskVector
 from .few_shot import classify
 from .trainer import Batches, Objective
 

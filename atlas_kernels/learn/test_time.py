@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, log_softmax, normalize, one_hot, softmax
 
-from ..data.images import Images
+from ..tasks.images import Images
 from .trainer import (
     AdamWStep,
     Batches,
@@ -93,7 +93,7 @@ def adapt(
 
     Example:
         >>> import torch
-        >>> from atlas_kernels.data import Images
+        >>> from atlas_kernels.tasks.images import Images
         >>> from atlas_kernels.learn import Entropy, Recipe, adapt
         >>> points = torch.tensor([[1.0, 0.2], [0.1, 1.0], [0.9, 0.4]])
         >>> images = Images(3, lambda chosen: points[chosen], lambda chosen, _: points[chosen])

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..checkpoints import read_tensors, write_tensors
-from ..composed import ComposedModel
+from ..files import read_tensors, write_tensors
+from ..models import ComposedModel
 
 _KIND = "training"
 

@@ -1,4 +1,4 @@
-// What the operators on arenas share: the walk over the tiles of atlas_kernels/layout.py.
+// What the operators on arenas share: the walk over the tiles of atlas_kernels/ops/layout.py.
 #pragma once
 
 #include "common.h"

@@ -1,4 +1,4 @@
-// The bank form of the operators in atlas_kernels/ops.py, with floating-point deltas.
+// The bank form of the operators in atlas_kernels/ops/schema.py, with floating-point deltas.
 #include <torch/csrc/stable/library.h>
 
 #include "arena.h"

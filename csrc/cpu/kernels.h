@@ -11,7 +11,7 @@
 
 namespace atlas {
 
-// Elements; the same as TILE in atlas_kernels/layout.py.
+// Elements; the same as TILE in atlas_kernels/ops/layout.py.
 constexpr int64_t kTile = 4096;
 // Packed elements under one scale; the same as GROUP in atlas_kernels/codecs/packed.py.
 constexpr int64_t kGroup = 128;
@@ -53,7 +53,7 @@ struct StoredRows {
 };
 
 // Coefficients of a block: those of vector i, for `groups` groups of elements that the key of a
-// tile decides (see atlas_kernels/partition.py), begin at i * stride.
+// tile decides (see atlas_kernels/ops/groups.py), begin at i * stride.
 struct GroupedCoef {
   const float* data;
   int64_t stride;

@@ -1,4 +1,4 @@
-// The list form of the operators in atlas_kernels/ops.py: tensors that the caller owns.
+// The list form of the operators in atlas_kernels/ops/schema.py: tensors that the caller owns.
 #include <torch/csrc/stable/library.h>
 
 #include "common.h"

@@ -1,4 +1,4 @@
-// The operators of atlas_kernels/ops.py with coefficients by groups of elements.
+// The operators of atlas_kernels/ops/schema.py with coefficients by groups of elements.
 #include <torch/csrc/stable/library.h>
 
 #include <optional>

@@ -1,4 +1,4 @@
-// Tiles whose elements have coefficients by group; atlas_kernels/partition.py defines groups.
+// Tiles whose elements have coefficients by group; atlas_kernels/ops/groups.py defines groups.
 #pragma once
 
 #include "packed.h"

@@ -54,7 +54,7 @@ void check_device(const Tensor& tensor, int32_t device, const char* name) {
 void check_table(const Tensor& table, ScalarType dtype, int32_t device, const char* name) {
   check_device(table, device, name);
   STD_TORCH_CHECK(table.scalar_type() == dtype && table.dim() == 1 && table.is_contiguous(), name,
-                  " must be a table as atlas_kernels.layout makes it");
+                  " must be a table as atlas_kernels.ops.layout makes it");
 }
 
 void check_arena(const Tensor& arena, int32_t device, const char* name) {

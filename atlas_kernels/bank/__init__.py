@@ -1,0 +1,25 @@
+"""N task vectors packed once on one base: in memory, in a file, or read piece by piece.
+
+Stands on `vectors`, `files` and `ops`; used by `models` and above.
+"""
+
+from .building import Patterns, check_dtype, chosen, split_base
+from .factorwise import factor_names, multiply
+from .segment import CHUNK, crc
+from .stream import SLOTS, Stream, check_streamable
+from .task_vector_bank import TaskVectorBank
+
+__all__ = [
+    "CHUNK",
+    "SLOTS",
+    "Patterns",
+    "Stream",
+    "TaskVectorBank",
+    "check_dtype",
+    "check_streamable",
+    "chosen",
+    "crc",
+    "factor_names",
+    "multiply",
+    "split_base",
+]

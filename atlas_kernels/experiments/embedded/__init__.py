@@ -1,0 +1,1 @@
+"""What made the embedded images, the embedded model and its task vectors."""

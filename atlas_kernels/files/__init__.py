@@ -1,0 +1,31 @@
+"""Tensors in and out: checkpoints of any origin, and safetensors that describe themselves.
+
+Knows no task vectors and no models. Below everything: any room may use it.
+"""
+
+from .atomic import write_atomically
+from .errors import FileFormatError, parts_of
+from .state_dicts import read_state_dict
+from .tensors import (
+    data_offsets,
+    describe,
+    digest,
+    read_tensors,
+    torch_dtype,
+    write_mapped,
+    write_tensors,
+)
+
+__all__ = [
+    "FileFormatError",
+    "data_offsets",
+    "describe",
+    "digest",
+    "parts_of",
+    "read_state_dict",
+    "read_tensors",
+    "torch_dtype",
+    "write_atomically",
+    "write_mapped",
+    "write_tensors",
+]

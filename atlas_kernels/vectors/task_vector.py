@@ -1,0 +1,322 @@
+"""TaskVector: what fine-tuning changed, by name."""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..files import digest, parts_of, read_tensors, write_tensors
+from ..ops import check_coef, compose
+from .low_rank import Delta, LowRank, to_dense
+from .peft import read_adapter
+
+_KIND = "task_vector"
+# What BatchNorm keeps in a state dict: statistics of the data, not weights that were learned.
+_STATISTICS = ("running_mean", "running_var")
+
+Target = TypeVar("Target", nn.Module, Mapping[str, Tensor])
+
+
+@dataclass(frozen=True, eq=False)
+class TaskVector:
+    """The difference that fine-tuning made: ``deltas[name] = finetuned[name] - pretrained[name]``.
+
+    Attributes:
+        deltas: by parameter name; a low-rank one stays as its factors (`LowRank`).
+        statistics: the same for floating-point buffers (BatchNorm), which no composition touches.
+        base: fingerprint of every pre-trained parameter; {} if unknown. A bank compares it with its
+            own base.
+        name: what the vector is called in banks and pictures; results of arithmetic have none.
+
+    Example:
+        >>> import torch, atlas_kernels as ak
+        >>> pretrained = {"weight": torch.zeros(2, 2)}
+        >>> vector = ak.TaskVector.from_state_dicts(pretrained, {"weight": torch.ones(2, 2)})
+        >>> (0.5 * vector).apply_to(pretrained)["weight"][0, 0].item()
+        0.5
+    """
+
+    deltas: dict[str, Delta]
+    statistics: dict[str, Tensor] = field(default_factory=dict)
+    base: dict[str, str] = field(default_factory=dict)
+    name: str = ""
+
+    @classmethod
+    def from_state_dicts(
+        cls,
+        pretrained: Mapping[str, Tensor],
+        finetuned: Mapping[str, Tensor],
+        dtype: torch.dtype = torch.bfloat16,
+        name: str = "",
+    ) -> TaskVector:
+        """The task vector between two state dicts, matched by name.
+
+        Differences are taken in float32 and stored in ``dtype``. Integer tensors are left out.
+
+        Raises:
+            ValueError: names are missing or extra, shapes differ, or a difference is not finite (as
+                happens if it exceeds the range of ``dtype``); all of them are listed.
+        """
+        names = [key for key, tensor in pretrained.items() if tensor.is_floating_point()]
+        tuned = {key for key, tensor in finetuned.items() if tensor.is_floating_point()}
+        problems = [f"missing in the fine-tuned model: {key}" for key in names if key not in tuned]
+        problems += [
+            f"not in the pre-trained model: {key}" for key in finetuned if key not in pretrained
+        ]
+        problems += [
+            f"{key}: shape {tuple(finetuned[key].shape)}, expected {tuple(pretrained[key].shape)}"
+            for key in names
+            if key in tuned and finetuned[key].shape != pretrained[key].shape
+        ]
+        _raise_if(problems, "the two state dicts do not match")
+        changes = {
+            key: (finetuned[key].detach().float() - pretrained[key].detach().float()).to(dtype)
+            for key in names
+        }
+        _check_finite(changes)
+        names = [key for key in changes if not _is_statistic(key)]
+        return cls(
+            deltas={key: changes[key] for key in names},
+            statistics={key: delta for key, delta in changes.items() if _is_statistic(key)},
+            base={key: digest(pretrained[key]) for key in names},
+            name=name,
+        )
+
+    @classmethod
+    def from_peft(cls, folder: str | Path, name: str = "") -> TaskVector:
+        """A LoRA adapter that PEFT saved: ``deltas[module + ".weight"] = scale * B @ A``.
+
+        The deltas stay factors. The base is unknown: names and shapes are compared when a bank is
+        packed. See `atlas_kernels.peft` for what is read.
+
+        Args:
+            folder: holds ``adapter_config.json`` and ``adapter_model.safetensors``.
+            name: the folder's by default.
+
+        Raises:
+            FileNotFoundError, FileFormatError: a file is missing or damaged, or the adapter is more
+                than a plain LoRA (DoRA, trained biases, whole modules, ...).
+            ValueError: a factor is not finite.
+        """
+        deltas: dict[str, Delta] = {**read_adapter(folder)}
+        _check_finite(deltas)
+        return cls(deltas, name=name or Path(folder).resolve().name)
+
+    def __add__(self, other: TaskVector) -> TaskVector:
+        return self._combine(other, operator.add)
+
+    def __sub__(self, other: TaskVector) -> TaskVector:
+        return self._combine(other, operator.sub)
+
+    def __mul__(self, factor: float) -> TaskVector:
+        return self._map(lambda delta: _scaled(delta, factor))
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> TaskVector:
+        return self._map(operator.neg)
+
+    def dot(self, other: TaskVector) -> float:
+        """``sum over blocks of <self, other>``, accumulated in float64."""
+        self._check_alike(other)
+        return float(sum(_dot(delta, other.deltas[key]) for key, delta in self.deltas.items()))
+
+    def norm(self) -> float:
+        """Euclidean length over all blocks, accumulated in float64."""
+        # Rounding may take a low-rank vector's below zero.
+        return float(max(0.0, self.dot(self)) ** 0.5)
+
+    def cosine(self, other: TaskVector) -> float:
+        """``dot / (norm * norm)``; 0.0 if either vector is zero."""
+        lengths = self.norm() * other.norm()
+        return self.dot(other) / lengths if lengths else 0.0
+
+    def changes(self, block: str) -> bool:
+        """Whether there is a delta of this name, and it is not zero."""
+        delta = self.deltas.get(block)
+        if delta is None:
+            return False
+        return not delta.is_zero() if isinstance(delta, LowRank) else bool(delta.count_nonzero())
+
+    def dense(self) -> TaskVector:
+        """The same vector with low-rank deltas as tensors, in float32."""
+        return replace(self, deltas={key: to_dense(delta) for key, delta in self.deltas.items()})
+
+    def apply_to(self, target: Target, coef: float | Tensor = 1.0) -> Target:
+        """``theta + coef * delta`` for every block, in a copy of ``target``; the rest is shared.
+
+        Args:
+            target: a module (a deep copy is returned) or a state dict (a new dict is returned).
+            coef: one number, or a tensor (B,) in the order of ``deltas``.
+
+        Raises:
+            ValueError: a block is missing in ``target`` or shaped differently; all are listed.
+        """
+        if isinstance(target, nn.Module):
+            module = copy.deepcopy(target)
+            parameters = dict(module.named_parameters(remove_duplicate=False))
+            with torch.no_grad():
+                for key, value in self._composed(parameters, coef).items():
+                    parameters[key].copy_(value)
+            return module
+        return {**target, **self._composed(target, coef)}
+
+    def save(self, path: str | Path) -> None:
+        """Writes a safetensors file with the base's fingerprint in its metadata."""
+        tensors = {f"statistic.{key}": value for key, value in self.statistics.items()}
+        scales = {}
+        for key, delta in self.deltas.items():
+            if isinstance(delta, LowRank):
+                tensors |= {f"factor.up.{key}": delta.up, f"factor.down.{key}": delta.down}
+                scales[key] = delta.scale
+            else:
+                tensors[f"delta.{key}"] = delta
+        blocks = list(self.deltas)
+        write_tensors(
+            path, tensors, _KIND, name=self.name, base=self.base, blocks=blocks, scales=scales
+        )
+
+    @classmethod
+    def load(cls, path: str | Path) -> TaskVector:
+        """Reads what `save` wrote; a vector that has no name takes the file's.
+
+        Raises:
+            FileNotFoundError, FileFormatError: there is no such file, or it is not a task vector.
+            ValueError: a delta is not finite.
+        """
+        tensors, fields = read_tensors(path, _KIND)
+        deltas: dict[str, Delta] = {
+            key.removeprefix("delta."): tensor
+            for key, tensor in tensors.items()
+            if key.startswith("delta.")
+        }
+        with parts_of(path):
+            deltas |= {
+                key: LowRank(tensors[f"factor.up.{key}"], tensors[f"factor.down.{key}"], scale)
+                # Files from before there were any have no scales.
+                for key, scale in fields.get("scales", {}).items()
+            }
+        _check_finite(deltas)
+        with parts_of(path):
+            return cls(
+                # safetensors sorts by size of element; the base's order is the model's.
+                deltas={key: deltas[key] for key in fields["blocks"]},
+                statistics={
+                    key.removeprefix("statistic."): tensor
+                    for key, tensor in tensors.items()
+                    if key.startswith("statistic.")
+                },
+                base=fields["base"],
+                name=fields["name"] or Path(path).stem,
+            )
+
+    def _composed(self, target: Mapping[str, Tensor], coef: float | Tensor) -> dict[str, Tensor]:
+        problems = [f"missing: {key}" for key in self.deltas if key not in target]
+        problems += [
+            f"{key}: shape {tuple(target[key].shape)}, expected {tuple(delta.shape)}"
+            for key, delta in self.deltas.items()
+            if key in target and target[key].shape != delta.shape
+        ]
+        _raise_if(problems, "the task vector does not fit the model")
+        factors = torch.as_tensor(coef, dtype=torch.float32)
+        factors = factors.reshape(1, -1) if factors.dim() else factors.reshape(1)
+        check_coef(factors, 1, len(self.deltas), factors.device)
+        factors = factors.reshape(-1).expand(len(self.deltas))
+        composed = {}
+        # One by one, so that no more than one low-rank delta is dense at a time.
+        for (key, delta), factor in zip(self.deltas.items(), factors, strict=True):
+            base = target[key].detach()
+            tensor = to_dense(delta).to(base.device)
+            (composed[key],) = compose([base], [[tensor]], factor.reshape(1).to(base.device))
+        return composed
+
+    def _map(self, function: Callable[[Any], Any]) -> TaskVector:
+        return replace(
+            self,
+            name="",
+            deltas={key: function(delta) for key, delta in self.deltas.items()},
+            statistics={key: function(delta) for key, delta in self.statistics.items()},
+        )
+
+    def _combine(self, other: TaskVector, function: Callable[[Any, Any], Any]) -> TaskVector:
+        self._check_alike(other)
+
+        def combined(mine: Mapping[str, Delta], theirs: Mapping[str, Delta]) -> dict[str, Any]:
+            return {key: _combined(delta, theirs[key], function) for key, delta in mine.items()}
+
+        return replace(
+            self,
+            name="",
+            deltas=combined(self.deltas, other.deltas),
+            statistics=combined(self.statistics, other.statistics),
+        )
+
+    def _check_alike(self, other: TaskVector) -> None:
+        pairs: tuple[tuple[Mapping[str, Delta], Mapping[str, Delta]], ...] = (
+            (self.deltas, other.deltas),
+            (self.statistics, other.statistics),
+        )
+        for mine, theirs in pairs:
+            problems = [f"only in one of the two: {key}" for key in mine.keys() ^ theirs.keys()]
+            problems += [
+                f"{key}: shapes {tuple(delta.shape)} and {tuple(theirs[key].shape)}"
+                for key, delta in mine.items()
+                if key in theirs and theirs[key].shape != delta.shape
+            ]
+            _raise_if(sorted(problems), "the task vectors do not match")
+        if self.base and other.base and self.base != other.base:
+            raise ValueError(
+                "the task vectors come from different pre-trained models: only vectors of one base "
+                "can be combined"
+            )
+
+
+def _scaled(delta: Delta, factor: float) -> Delta:
+    if isinstance(delta, LowRank):
+        return delta * factor
+    return (delta.float() * factor).to(delta.dtype)
+
+
+def _combined(mine: Delta, theirs: Delta, function: Callable[[Any, Any], Any]) -> Any:
+    if isinstance(mine, LowRank) and isinstance(theirs, LowRank):
+        return function(mine, theirs)
+    mine, theirs = to_dense(mine), to_dense(theirs)
+    dtype = torch.promote_types(mine.dtype, theirs.dtype)
+    return function(mine.float(), theirs.float()).to(dtype)
+
+
+def _dot(mine: Delta, theirs: Delta) -> float:
+    if isinstance(mine, LowRank):
+        return mine.dot(theirs)
+    if isinstance(theirs, LowRank):
+        return theirs.dot(mine)
+    return torch.dot(mine.double().flatten(), theirs.double().flatten()).item()
+
+
+def _is_finite(delta: Delta) -> bool:
+    return delta.is_finite() if isinstance(delta, LowRank) else bool(torch.isfinite(delta).all())
+
+
+def _is_statistic(name: str) -> bool:
+    return name.rsplit(".", 1)[-1] in _STATISTICS
+
+
+def _check_finite(deltas: Mapping[str, Delta]) -> None:
+    _raise_if(
+        [f"{key} ({delta.dtype})" for key, delta in deltas.items() if not _is_finite(delta)],
+        "a task vector must be finite, but these blocks hold infinities or NaN",
+    )
+
+
+def _raise_if(problems: list[str], headline: str) -> None:
+    """One ValueError that lists the problems, the first twenty of them in words."""
+    if problems:
+        more = [f"... and {len(problems) - 20} more"] if len(problems) > 20 else []
+        raise ValueError("\n  ".join([f"{headline}:", *problems[:20], *more]))
