@@ -296,9 +296,7 @@ def test_bad_input(own, tmp_path, monkeypatch, capsys, arguments, message: str) 
     monkeypatch.chdir(own.folder)
     if arguments[0] == "OWN":
         arguments = (*of(own), *arguments[1:])
-    monkeypatch.setattr(
-        "atlas_kernels.experiments.methods.perform", lambda _: pytest.fail("learned")
-    )
+    monkeypatch.setattr("atlas_kernels.experiments.perform", lambda _: pytest.fail("learned"))
     before = sorted(own.folder.rglob("*"))
     assert few_shot("-o", tmp_path / "out", *arguments) == 2
     printed = capsys.readouterr()

@@ -363,7 +363,7 @@ def run_workload(capability: str) -> subprocess.CompletedProcess[str]:
     env = {
         **os.environ,
         "ATLAS_KERNELS_CPU_CAPABILITY": capability,
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(ROOT / "tests/ops")]),
     }
     return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
 

@@ -978,7 +978,7 @@ def test_ptx_is_there_for_newer_devices(binary):
 
 def test_the_extension_loads_and_implements_every_operator(binary):
     code = (
-        "import torch; from atlas_kernels import ops\n"
+        "import torch; from atlas_kernels.ops import schema as ops\n"
         f"torch.ops.load_library({str(binary.path)!r})\n"
         "for name in ops.SCHEMAS:\n"
         "    qualified = f'{ops.namespace(\"cuda\")}::{name}'\n"
