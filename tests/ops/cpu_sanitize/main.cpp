@@ -5,7 +5,7 @@
 #include <cstring>
 #include <vector>
 
-#include "../../csrc/cpu/kernels.h"
+#include "../../../csrc/cpu/kernels.h"
 
 namespace {
 
