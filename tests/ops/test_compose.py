@@ -873,7 +873,7 @@ def test_an_empty_delta_of_another_shape_is_not_an_absent_one(backend: str) -> N
 @pytest.mark.parametrize("backend", ["auto", "torch", "cpp"])
 @pytest.mark.parametrize("place", ["base", "delta", "coef"])
 def test_a_meta_tensor_among_others_is_refused(backend: str, place: str) -> None:
-    """Offloaded checkpoints leave them behind; the dispatcher would take the fake for the kernel."""
+    """Offloaded checkpoints leave them behind; the dispatcher would take a fake for a kernel."""
     if backend == "cpp":
         need(backend)
     base, delta, coef = [torch.ones(4, 4), torch.ones(3)], torch.zeros(4, 4), torch.ones(1, 2)
