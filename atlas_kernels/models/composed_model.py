@@ -7,7 +7,6 @@ import operator
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -17,8 +16,9 @@ from torch import Tensor, nn
 from ..bank import Stream, TaskVectorBank, check_streamable
 from ..ops import check_groups
 from .coefficients import listed, read_coefficients, write_coefficients
-from .recompute import OnUse, ResidentBlocks, uninstall
-from .substitution import call_with, guard, places, unguard
+from .door import install, uninstall
+from .recompute import OnUse, ResidentBlocks
+from .whole import Whole
 
 Granularity = Literal["task", "block", "partition"]
 Memory = Literal["whole", "recompute", "stream"]
@@ -29,8 +29,11 @@ class ComposedModel(nn.Module):
 
     ``coef`` is the only parameter that learns. It is zero at the start, so the model starts as the
     base, bit for bit. The module is used in place: its own parameters stop requiring gradients, and
-    those that the bank composes are replaced in every forward pass, tied ones included; their
-    memory is the bank's base itself. Buffers (BatchNorm statistics) stay the module's own.
+    their memory is the bank's base itself. Composed weights stand in its attributes, tied ones
+    included, from one change of ``coef`` to the next: whatever method of it runs, from any thread,
+    runs with them (``model.module.generate(...)``, a submodule called alone). Lists of parameters
+    (``state_dict``, ``named_parameters``) show the base, and copies of the module are the base.
+    Buffers (BatchNorm statistics) stay the module's own.
 
     ``memory`` says when blocks are composed; losses and gradients are the same up to the rounding
     of float32. The peak of a learning step, besides what the module computes (activations):
@@ -40,15 +43,13 @@ class ComposedModel(nn.Module):
       keeps the weights while the gradient is gathered into one arena). In eval mode, and without
       gradients, it is done once, until ``coef`` changes (or a backward pass has used it up); in
       training once per forward pass, or once for several of them inside `composed_once`.
-      Activation checkpointing would run parts of the module again without their composed weights:
-      that is a RuntimeError where a module with such weights is called again (in regions that only
-      read the weights of others it goes unnoticed); use "recompute".
+      Where activation checkpointing runs parts of the module again, the weights are composed once
+      more. Threads share the weights that record no graph; in training each has its own.
     - "recompute": each block where the module asks for it, dropped after use (in the forward pass
       when the next one is asked for), and again in the backward pass, where its gradient becomes N
       numbers at once. Base + bank + the largest two blocks: a composed one and its gradient, or in
       the forward pass one in use and the one asked for last. It costs a second pass over the bank.
-      A module finds composed weights in its attributes at any time. What else may be alive: the
-      gradients of blocks used in several places, until the backward has met them all; the blocks
+      What else may be alive: the gradients of blocks used in several places, until the backward has met them all; the blocks
       of a region that activation checkpointing runs again, or of an RNN; and autocast's copies of
       weights.
 
@@ -88,8 +89,8 @@ class ComposedModel(nn.Module):
         (torch.Size([1, 2]), 3.0)
     """
 
-    # Whether memory="whole" replaces the module's weights during its forward pass.
-    _swaps = True
+    # Whether the module finds the composed weights in place of its own.
+    _stands = True
 
     def __init__(
         self,
@@ -108,21 +109,23 @@ class ComposedModel(nn.Module):
             raise ValueError(
                 f"unknown memory {memory!r}: expected 'whole', 'recompute' or 'stream'"
             )
-        if memory != "whole":
-            _check_uncompiled(module, memory)
-            if bank.weights != bank.blocks:
-                raise ValueError(
-                    f"memory={memory!r} composes block by block, but weights of this bank are "
-                    "products of blocks (lora='factorwise'): use memory='whole'"
-                )
+        _check_uncompiled(module, memory)
+        if memory != "whole" and bank.weights != bank.blocks:
+            raise ValueError(
+                f"memory={memory!r} composes block by block, but weights of this bank are "
+                "products of blocks (lora='factorwise'): use memory='whole'"
+            )
         if memory == "stream":
             check_streamable(bank)
         _check_fit(module, bank)
         # What an earlier model has left.
-        _reset(module)
+        uninstall(module)
         self.module = module.requires_grad_(False)
         self.memory = memory
-        self.bank = bank
+        self._source: Whole | OnUse | None = None
+        self._hold = False
+        self._sums: _Sums | None = None
+        self._rnns = [part for part in module.modules() if isinstance(part, nn.RNNBase)]
         self.granularity = granularity
         self.partitions = partitions
         self.seed = seed
@@ -132,11 +135,7 @@ class ComposedModel(nn.Module):
         if partitions is not None:
             shape += (partitions,)
         self.coef = nn.Parameter(torch.zeros(shape, device=bank.device))
-        self._cache: _Composition | None = None
-        self._hold = False
-        self._sums: _Sums | None = None
-        self._on_use: OnUse | None = None
-        self._rnns = [part for part in module.modules() if isinstance(part, nn.RNNBase)]
+        self.bank = bank
 
     @property
     def bank(self) -> TaskVectorBank:
@@ -157,17 +156,19 @@ class ComposedModel(nn.Module):
     def seed(self, seed: int) -> None:
         _check_seed(seed)
         self._seed = operator.index(seed)
-        self._cache = None
-        # What composes on use does so with the old one.
-        uninstall(self.module)
+        # What there is composes with the old one.
+        self._source = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's forward pass with the composed weights."""
         try:
-            if self.memory == "whole":
-                return call_with(self.module, self.weights(), args, kwargs, self._places)
+            source = self._installed()
             cut = self._sums.cut if self._sums else None
-            with self._installed().forward_pass(self._hold, cut):
+            if isinstance(source, Whole):
+                running = source.forward_pass()
+            else:
+                running = source.forward_pass(self._hold, cut)
+            with running:
                 return self.module(*args, **kwargs)
         finally:
             for rnn in self._rnns:
@@ -179,26 +180,8 @@ class ComposedModel(nn.Module):
             return self.bank.compose(self.coef, seed=self.seed)
         if self.memory == "stream":
             # Without gradients: their graph would need the whole bank.
-            return dict(self._installed().values())
-        records = torch.is_grad_enabled() and self.coef.requires_grad
-        inference = torch.is_inference_mode_enabled()
-        cache = self._cache
-        if cache is not None and cache.serves(self.bank, self.coef, records, inference):
-            return cache.weights
-        # Dropped first, so that two composed models are never alive at once.
-        self._cache = cache = None
-        weights = self._compose()
-        if records and self._sums:
-            weights = {block: self._sums.cut(weight) for block, weight in weights.items()}
-        elif records:
-            # A backward pass through a composition uses it up: the next forward needs another. And
-            # it needs the memory: gradients are brought into the order of the bank at its end.
-            for weight in weights.values():
-                weight.register_hook(self._drop)
-        if self._hold or not records or not self.training:
-            version = self.coef._version
-            self._cache = _Composition(self.bank, self.coef, version, records, inference, weights)
-        return weights
+            return dict(self._on_use().values())
+        return self._whole().weights()
 
     @contextmanager
     def composed_once(self, *, accumulate: bool = False) -> Iterator[None]:
@@ -214,24 +197,23 @@ class ComposedModel(nn.Module):
                 dropped. `torch.autograd.grad` finds no way to ``coef`` inside.
         """
         self._end_composition()
-        self._hold, self._sums = True, _Sums() if accumulate else None
+        self._set_hold(True, _Sums() if accumulate else None)
         try:
             yield
             if self._sums:
                 self._sums.send()
         finally:
-            self._hold, self._sums = False, None
+            self._set_hold(False, None)
             self._end_composition()
 
     def merge(self) -> nn.Module:
         """A copy of the module with the composed weights: nothing of the bank stays with it."""
-        uninstall(self.module)
-        merged = copy.deepcopy(self.module).requires_grad_(True)
-        unguard(merged)
+        with self._base_in_place():
+            merged = copy.deepcopy(self.module).requires_grad_(True)
         parameters = dict(merged.named_parameters(remove_duplicate=False))
         whole = self.memory == "whole"
         with torch.no_grad():
-            for block, value in self.weights().items() if whole else self._installed().values():
+            for block, value in self.weights().items() if whole else self._on_use().values():
                 parameters[block].copy_(value)
         return merged
 
@@ -270,16 +252,13 @@ class ComposedModel(nn.Module):
         """What `weights` keeps: here the composed blocks."""
         return self.bank.compose(self.coef, seed=self.seed)
 
-    def _drop(self, gradient: Tensor) -> None:
-        self._cache = None
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ComposedModel:
         if fn(self.coef.detach()[:0]).dtype != self.coef.dtype:
             raise TypeError(
                 "a ComposedModel keeps the dtypes of its bank: use torch.autocast, or convert the "
                 "base before packing the bank, or convert what merge() returns"
             )
-        _reset(self.module)
+        uninstall(self.module)
         super()._apply(fn, recurse)
         self.bank = self.bank.to(self.coef.device, deltas=self.memory != "stream")
         self._end_composition()
@@ -318,9 +297,18 @@ class ComposedModel(nn.Module):
             state_dict, prefix, local_metadata, strict, missing_keys, *args
         )
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> ComposedModel:
+        twin = self.__class__.__new__(self.__class__)
+        memo[id(self)] = twin
+        with self._base_in_place():
+            twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return twin
+
     def __getstate__(self) -> dict[str, Any]:
-        uninstall(self.module)
-        passing = {"_cache": None, "_hold": False, "_sums": None, "_on_use": None}
+        if self._rnns:
+            # It asks for its weights when it is copied.
+            uninstall(self.module)
+        passing = {"_hold": False, "_sums": None, "_source": None}
         return {**self.__dict__, **passing}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -331,25 +319,57 @@ class ComposedModel(nn.Module):
         parameters = dict(self.module.named_parameters(remove_duplicate=False))
         for block, base in self.bank.base.items():
             parameters[block].data = base
-        self._places = places(self.module, self.bank.base)
-        if self.memory == "whole" and self._swaps:
-            unguard(self.module)
-            guard(self.module, self.bank.base)
+        self._source = None
+        if self._stands:
+            self._installed()
 
-    def _installed(self) -> OnUse:
-        """What composes the module's parameters, on the current bank and coefficients."""
-        on_use = self._on_use
-        if on_use is None or not on_use.serves(self.bank, self.coef):
-            _reset(self.module)
-            kind = Stream if self.memory == "stream" else ResidentBlocks
-            blocks = kind(self.bank, self.partitions or 0, self.seed)
-            self._on_use = on_use = OnUse(self.module, self.bank, blocks, self.coef)
-        return on_use
+    def _installed(self) -> Whole | OnUse:
+        """What composes the module's weights, from the current bank and coefficients."""
+        source = self._source
+        if source is None or not source.installed or not source.serves(self.bank, self.coef):
+            uninstall(self.module)
+            source = self._new_source()
+            install(self.module, self.bank, source)
+            self._source = source
+            self._set_hold(self._hold, self._sums)
+        return source
+
+    @contextmanager
+    def _base_in_place(self) -> Iterator[None]:
+        """Inside, the module is as it was: to be copied."""
+        uninstall(self.module)
+        try:
+            yield
+        finally:
+            if self._stands:
+                self._installed()
+
+    def _new_source(self) -> Whole | OnUse:
+        if self.memory == "whole":
+            return Whole(self)
+        kind = Stream if self.memory == "stream" else ResidentBlocks
+        blocks = kind(self.bank, self.partitions or 0, self.seed)
+        return OnUse(self.bank, blocks, self.coef)
+
+    def _whole(self) -> Whole:
+        source = self._installed() if self._stands else self._source or Whole(self)
+        assert isinstance(source, Whole)
+        self._source = source
+        return source
+
+    def _on_use(self) -> OnUse:
+        source = self._installed()
+        assert isinstance(source, OnUse)
+        return source
+
+    def _set_hold(self, hold: bool, sums: _Sums | None) -> None:
+        self._hold, self._sums = hold, sums
+        if isinstance(self._source, Whole):
+            self._source.hold, self._source.cut = hold, sums.cut if sums else None
 
     def _end_composition(self) -> None:
-        self._cache = None
-        if self._on_use is not None:
-            self._on_use.end_pass()
+        if self._source is not None:
+            self._source.end()
 
 
 class _Sums:
@@ -372,28 +392,6 @@ class _Sums:
             torch.autograd.backward(tensors, gradients)
 
 
-@dataclass(frozen=True)
-class _Composition:
-    """Composed weights, and what they were composed from."""
-
-    bank: TaskVectorBank
-    coef: Tensor
-    version: int
-    records: bool
-    inference: bool
-    weights: dict[str, Tensor]
-
-    def serves(self, bank: TaskVectorBank, coef: Tensor, records: bool, inference: bool) -> bool:
-        """Whether composing anew would give the same, and gradients if they are asked for."""
-        return (
-            bank is self.bank
-            and coef is self.coef
-            and coef._version == self.version
-            and records <= self.records
-            and inference == self.inference
-        )
-
-
 def _forget_weights(rnn: nn.RNNBase) -> None:
     # It keeps a list of the weights that it used last: composed ones would live on in there.
     weights = [dict.get(rnn._parameters, name) for name in rnn._flat_weights_names]
@@ -401,11 +399,6 @@ def _forget_weights(rnn: nn.RNNBase) -> None:
     rnn._flat_weight_refs = [
         weight if weight is None else weakref.ref(weight) for weight in weights
     ]
-
-
-def _reset(module: nn.Module) -> None:
-    uninstall(module)
-    unguard(module)
 
 
 def _check_granularity(granularity: Granularity, partitions: int | None) -> None:
@@ -436,10 +429,11 @@ def _check_uncompiled(module: nn.Module, memory: Memory) -> None:
         scripted = isinstance(part, torch.jit.ScriptModule)
         # Either what torch.compile(module) returns, or a module after its own compile().
         compiled = "_orig_mod" in part._modules or part._compiled_call_impl is not None
-        if scripted or compiled:
+        if scripted or (compiled and memory != "whole"):
             raise TypeError(
-                f"memory={memory!r} cannot compose on use inside a compiled or scripted module "
-                f"({name or 'the module itself'}): use memory='whole', or an eager module"
+                f"memory={memory!r} cannot compose inside a compiled or scripted module "
+                f"({name or 'the module itself'}): use "
+                + ("an eager module" if scripted else "memory='whole', or an eager module")
             )
 
 

@@ -61,7 +61,7 @@ class LinearizedModel(ComposedModel):
         3.0
     """
 
-    _swaps = False
+    _stands = False
 
     def __init__(
         self,

@@ -9,7 +9,7 @@ the module's operations save for their backward is not the block, but a note to 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import pad
 
@@ -68,36 +68,21 @@ class ResidentBlocks:
 
 
 class OnUse:
-    """Makes a module find composed blocks where its parameters were, until `uninstall`.
-
-    Parameters are composed on attribute access. Whatever lists them (``state_dict``,
-    ``named_parameters``, ``to``) still finds the parameters themselves.
+    """Composes a module's weights where it asks for them (see `door`).
 
     Args:
-        module: whose parameters to compose; tied ones follow.
-        bank: which of them, and how long each is with padding.
+        bank: which blocks, and how long each is with padding.
         blocks: what to compose them from.
         coef: (N, B), (N,) or (N, B, K), read anew by every forward pass.
     """
 
-    def __init__(
-        self, module: nn.Module, bank: TaskVectorBank, blocks: Blocks, coef: Tensor
-    ) -> None:
+    installed = False
+
+    def __init__(self, bank: TaskVectorBank, blocks: Blocks, coef: Tensor) -> None:
         self.bank = bank
         self.coef = coef
         self._blocks = _Blocks(blocks, bank)
-        self.installed = True
         self._pass: _Pass | None = None
-        parameters = dict(module.named_parameters(remove_duplicate=False))
-        columns = {id(parameters[name]): column for column, name in enumerate(bank.blocks)}
-        for owner in module.modules():
-            own = {
-                name: columns[id(parameter)]
-                for name, parameter in owner._parameters.items()
-                if id(parameter) in columns
-            }
-            if own:
-                owner._parameters = _Parameters(owner._parameters, own, self)
 
     @contextmanager
     def forward_pass(
@@ -120,7 +105,7 @@ class OnUse:
             if not keep:
                 self._pass = None
 
-    def end_pass(self) -> None:
+    def end(self) -> None:
         """Forgets the pass that was kept."""
         self._pass = None
 
@@ -143,46 +128,6 @@ class OnUse:
 
     def _new_pass(self, cut: Callable[[Tensor], Tensor] | None) -> _Pass:
         return _Pass(self._blocks, self.coef, cut)
-
-
-def uninstall(module: nn.Module) -> None:
-    """Gives a module its parameters back."""
-    for owner in module.modules():
-        if isinstance(owner._parameters, _Parameters):
-            owner._parameters.on_use.installed = False
-            owner._parameters = dict(owner._parameters.items())
-
-
-class _Parameters(dict[str, Any]):
-    """A module's own parameters: listed as they are, composed when asked for by name.
-
-    `nn.Module` asks by name for attribute access only.
-    """
-
-    def __init__(
-        self, parameters: Mapping[str, Any], columns: dict[str, int], on_use: OnUse
-    ) -> None:
-        super().__init__(parameters.items())
-        self._columns = columns
-        self.on_use = on_use
-
-    def __getitem__(self, name: str) -> Any:
-        parameter = super().__getitem__(name)
-        column = self._columns.get(name)
-        return parameter if column is None else self.on_use.block(column, parameter)
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        # `functional_call` would put back what it found, which is no parameter.
-        if name in self._columns and not isinstance(value, nn.Parameter):
-            raise TypeError(
-                f"the parameter {name!r} is composed on use and cannot be replaced: use the module "
-                "that merge() returns, or another copy of the module"
-            )
-        super().__setitem__(name, value)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # A copy of the module is an ordinary one.
-        return dict, (dict(self.items()),)
 
 
 @dataclass(frozen=True)

@@ -60,20 +60,23 @@ def test_a_module_in_two_places_keeps_its_parameters() -> None:
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_whole_refuses_activation_checkpointing(reentrant: bool) -> None:
-    """Which would run on the base's weights: without a word, if it is the re-entrant kind."""
-    model, _ = models(Regions(reentrant))
+def test_activation_checkpointing(reentrant: bool) -> None:
+    """Runs parts again in the backward pass, where they find the same composed weights."""
+    checkpointed, recompute = models(Regions(reentrant))
+    module = Regions()
+    module.load_state_dict(checkpointed.module.state_dict())
+    plain = ak.ComposedModel(module, checkpointed.bank)
+    for model in (plain, copy.deepcopy(checkpointed), checkpointed.to("cpu"), recompute):
+        with torch.no_grad():
+            model.coef.copy_(checkpointed.coef)
     x = torch.randn(5, 6, requires_grad=True)
-    for again in (model, copy.deepcopy(model), model.to("cpu")):
-        with pytest.raises(RuntimeError, match=r"Linear runs again .* use memory='recompute'"):
-            again(x).square().sum().backward()
-    # Not where the module is an ordinary one, nor where nothing is run again.
-    for other in (model.merge(), copy.deepcopy(model.module).requires_grad_(True)):
+    plain(x).square().sum().backward()
+    for model in (copy.deepcopy(checkpointed), checkpointed, recompute):
+        model(x).square().sum().backward()
+        assert_close(model.coef.grad, plain.coef.grad)
+    for other in (checkpointed.merge(), copy.deepcopy(checkpointed.module).requires_grad_(True)):
         other(x).square().sum().backward()
         assert all(p.grad is not None for p in other.parameters())
-    recompute = ak.ComposedModel(model.module, model.bank, memory="recompute")
-    recompute(x).square().sum().backward()
-    assert recompute.coef.grad is not None
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
