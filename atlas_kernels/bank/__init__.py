@@ -5,7 +5,7 @@ Stands on `vectors`, `files` and `ops`; used by `models` and above.
 
 from .building import Patterns, check_dtype, chosen, split_base
 from .factorwise import factor_names, multiply
-from .segment import CHUNK, crc
+from .segment import CHUNK
 from .stream import SLOTS, Stream, check_streamable
 from .task_vector_bank import TaskVectorBank
 
@@ -18,7 +18,6 @@ __all__ = [
     "check_dtype",
     "check_streamable",
     "chosen",
-    "crc",
     "factor_names",
     "multiply",
     "split_base",

@@ -3,13 +3,17 @@
 Knows no task vectors and no models. Below everything: any room may use it.
 """
 
-from .atomic import write_atomically
-from .errors import FileFormatError, parts_of
+from .atomic import abandoned, write_atomically
+from .checksums import crc
+from .errors import FileFormatError, parts_of, printable
+from .fields import check_unique, parsed
 from .state_dicts import read_state_dict
 from .tensors import (
+    Origin,
     data_offsets,
     describe,
     digest,
+    map_tensors,
     read_tensors,
     torch_dtype,
     write_mapped,
@@ -18,10 +22,17 @@ from .tensors import (
 
 __all__ = [
     "FileFormatError",
+    "Origin",
+    "abandoned",
+    "check_unique",
+    "crc",
     "data_offsets",
     "describe",
     "digest",
+    "map_tensors",
+    "parsed",
     "parts_of",
+    "printable",
     "read_state_dict",
     "read_tensors",
     "torch_dtype",

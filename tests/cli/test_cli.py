@@ -99,7 +99,7 @@ def test_names_dtype_and_patterns(files) -> None:
     ("arguments", "message"),
     [
         (("inspect", "none.safetensors"), "none.safetensors: no such file"),
-        (("inspect", "."), "no such file"),
+        (("inspect", "."), "is a folder, expected a file"),
         (("inspect", "text.txt"), "unknown ending '.txt'"),
         (("inspect", "broken.safetensors"), "not a readable safetensors file"),
         (("diff", "base.pt", "none.pt", "-o", "o.safetensors"), "none.pt: no such file"),
