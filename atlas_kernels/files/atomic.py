@@ -74,7 +74,7 @@ def abandoned(path: str | Path) -> list[Path]:
 
 def _is_temporary(name: str | Path | None, path: Path) -> bool:
     """Whether it is a temporary file of ``path``; None is what an open file's errors have."""
-    pattern = rf"\.{re.escape(path.name)}\.\w+{re.escape(_ENDING)}"
+    pattern = rf"\.{re.escape(path.name)}\.\w{{8}}{re.escape(_ENDING)}"
     return name is None or re.fullmatch(pattern, Path(name).name) is not None
 
 

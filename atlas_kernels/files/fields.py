@@ -60,7 +60,7 @@ def _value(kind: Any, value: Any, what: str) -> Any:
             return tuple(_value(its, part, f"{what}[{i}]") for i, (its, part) in pairs)
     if kind is float and type(value) in (int, float) and abs(value) <= sys.float_info.max:
         return value
-    if type(value) is kind:
+    if kind is not float and type(value) is kind:
         return value
     shown = repr(value)[:80] if isinstance(value, int | float | str) else type(value).__name__
     expected = "a finite float" if kind is float else str(kind if inner else kind.__name__)

@@ -307,7 +307,7 @@ class _Header:
             int(version) if ours else 0,
             metadata,
             {name: (first + start, first + end) for name, (start, end) in starts_and_ends.items()},
-            (_CHECKSUMS,) if ours and int(version) > 1 else (),
+            (_CHECKSUMS,) if ours and (int(version) > 1 or _CHECKSUMS in header) else (),
             crc(torch.frombuffer(bytearray(encoded), dtype=torch.uint8)),
         )
 
