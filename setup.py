@@ -20,9 +20,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import PlatformError
 
-CPU_SOURCES = [
-    f"csrc/cpu/{name}.cpp" for name in ("bank", "dispatch", "list", "memory", "packed", "partition")
-]
+CPU_SOURCES = [f"csrc/cpu/{name}.cpp" for name in ("arena", "dispatch", "list", "memory")]
 CPU_KERNELS = "csrc/cpu/kernels.cpp"
 CUDA_SOURCES = sorted(map(str, [*Path("csrc/cuda").glob("*.cu"), *Path("csrc/cuda").glob("*.cpp")]))
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import atlas_kernels as ak
-from atlas_kernels.ops.composition import bank_compose
+from atlas_kernels.ops import Arena, ArenaComposition, compose_with, resolve
 
 from .cases import Inputs
 
@@ -37,12 +37,14 @@ def ours_list(inputs: Inputs, backend: str) -> Way:
 
 def ours_bank(inputs: Inputs, backend: str) -> Way:
     """A bank's composition, split into blocks, and its gradient on the arena."""
-    arena, layout = (inputs.bank_base, inputs.bank_deltas), inputs.layout
-    coef = inputs.coef.clone().requires_grad_()
-    composed = bank_compose(*arena, coef, layout, backend)
+    base, layout = inputs.bank_base, inputs.layout
+    arena = Arena(inputs.bank_deltas, None, 0, *layout.tables, None)
+    backend = resolve(backend, base.device.type, False)
+    composition = ArenaComposition(backend, arena, len(inputs.coef), 0)
+    composed = compose_with(composition, inputs.coef.clone().requires_grad_(), base)
 
     def forward() -> Sequence[Tensor]:
-        return layout.split(bank_compose(*arena, inputs.coef, layout, backend))
+        return layout.split(compose_with(composition, inputs.coef, base))
 
     def backward() -> Tensor:
         return _coef_grad(composed, [inputs.bank_grad])

@@ -5,13 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..files import crc
-from ..ops import CHUNK_TILES, TILE, Batched, Codec, Layout, group_of, group_sums, resolve, slots
+from ..ops import (
+    CHUNK_TILES,
+    TILE,
+    Codec,
+    Layout,
+    compose_with,
+    dots_with,
+    group_of,
+    group_sums,
+    per_block,
+    resolve,
+    slots,
+)
 
 # Elements of a block that are in float32 at a time.
 _CHUNK = 1 << 22
@@ -198,10 +209,9 @@ class LowRankSegment:
         only has to exist. With a tile_key they are formed a few tiles at a time.
         """
         resolve(backend, self.base.device.type, False)
-        coef = coef.to(torch.float32)
-        coef = coef if coef.dim() > 1 else coef.unsqueeze(1).expand(-1, len(self.columns))
-        composed: Tensor = _Compose.apply(self, tile_key, coef, self.base)
-        return composed
+        coef = per_block(coef.to(torch.float32), len(self.columns))
+        groups = coef.shape[2] if coef.dim() == 3 else 0
+        return compose_with(_LowRankComposition(self, tile_key, groups), coef, self.base)
 
     def coef_grad(
         self,
@@ -215,8 +225,7 @@ class LowRankSegment:
         Differentiable in it.
         """
         resolve(backend, self.base.device.type, False)
-        result: Tensor = _CoefGrad.apply(self, tile_key, groups, grad)
-        return result
+        return dots_with(_LowRankComposition(self, tile_key, groups), grad)
 
     def blocks(self) -> list[LowRankSegment]:
         """Every block as a segment of its own."""
@@ -244,14 +253,29 @@ class LowRankSegment:
         if not torch.equal(self.checksums(), expected):
             raise ValueError("a checksum of the factors fails")
 
-    def composed(self, tile_key: Tensor | None, coef: Tensor, base: Tensor) -> Tensor:
-        """What `compose` differentiates, on any base [P]."""
+
+@dataclass(frozen=True)
+class _LowRankComposition:
+    """A segment's products as what is differentiated.
+
+    Attributes:
+        segment: the factors.
+        tile_key: of groups, if coefficients belong to them.
+        num_groups: K, or 0.
+    """
+
+    segment: LowRankSegment
+    tile_key: Tensor | None
+    num_groups: int
+
+    def composed(self, coef: Tensor, base: Tensor) -> Tensor:
+        """[P], for coef (N, B') or (N, B', K) and base [P]."""
         total = torch.empty_like(base)
         # Autocast would round the coefficients and the factors.
         with torch.autocast(base.device.type, enabled=False):
             for part, keys, its, source, target in zip(
-                self.parts,
-                self._keys(tile_key),
+                self.segment.parts,
+                self._keys(),
                 coef.unbind(1),
                 self._matrices(base),
                 self._matrices(total),
@@ -263,73 +287,27 @@ class LowRankSegment:
                     part.add_groups(source, its, keys, target)
         return total
 
-    def dots(self, tile_key: Tensor | None, groups: int, grad: Tensor) -> Tensor:
-        """What `coef_grad` differentiates."""
+    def dots(self, grad: Tensor) -> Tensor:
+        """Shaped like coef, for grad [P]."""
         with torch.autocast(grad.device.type, enabled=False):
             columns = [
-                part.dots(block) if keys is None else part.group_dots(block, keys, groups)
+                part.dots(block) if keys is None else part.group_dots(block, keys, self.num_groups)
                 for part, keys, block in zip(
-                    self.parts, self._keys(tile_key), self._matrices(grad), strict=True
+                    self.segment.parts, self._keys(), self._matrices(grad), strict=True
                 )
             ]
         return torch.stack(columns, 1)
 
-    def _keys(self, tile_key: Tensor | None) -> Sequence[Tensor | None]:
+    def _keys(self) -> Sequence[Tensor | None]:
         """Every block's."""
-        if tile_key is None:
-            return [None] * len(self.parts)
-        sizes = [-(-prod(shape) // TILE) for shape in self.layout.shapes]
-        keys: Sequence[Tensor] = tile_key.split(sizes)
+        if self.tile_key is None:
+            return [None] * len(self.segment.parts)
+        sizes = [-(-prod(shape) // TILE) for shape in self.segment.layout.shapes]
+        keys: Sequence[Tensor] = self.tile_key.split(sizes)
         return keys
 
     def _matrices(self, flat: Tensor) -> list[Tensor]:
-        return [block.flatten(1) for block in self.layout.split(flat)]
-
-
-class _Compose(Batched):
-    """(segment, tile_key or None, coef [N, B'] or [N, B', K], base [P]) -> composed [P]."""
-
-    @staticmethod
-    def forward(
-        segment: LowRankSegment, tile_key: Tensor | None, coef: Tensor, base: Tensor
-    ) -> Tensor:
-        return segment.composed(tile_key, coef, base)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.segment, tile_key, coef, _ = inputs
-        ctx.groups = coef.shape[2] if coef.dim() == 3 else 0
-        ctx.save_for_backward(tile_key)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        (tile_key,) = ctx.saved_tensors
-        coef_grad = None
-        if ctx.needs_input_grad[2]:
-            coef_grad = _CoefGrad.apply(ctx.segment, tile_key, ctx.groups, grad)
-        return None, None, coef_grad, grad if ctx.needs_input_grad[3] else None
-
-
-class _CoefGrad(Batched):
-    """(segment, tile_key or None, K or 0, grad [P]) -> coef's gradient."""
-
-    @staticmethod
-    def forward(
-        segment: LowRankSegment, tile_key: Tensor | None, groups: int, grad: Tensor
-    ) -> Tensor:
-        return segment.dots(tile_key, groups, grad)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.segment, tile_key, _, grad = inputs
-        ctx.numel, ctx.dtype = grad.numel(), grad.dtype
-        ctx.save_for_backward(tile_key)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        (tile_key,) = ctx.saved_tensors
-        zeros = grad.new_zeros(ctx.numel, dtype=ctx.dtype)
-        return None, None, None, _Compose.apply(ctx.segment, tile_key, grad, zeros)
+        return [block.flatten(1) for block in self.segment.layout.split(flat)]
 
 
 def _chunks(matrix: Tensor, tile_key: Tensor) -> Iterator[tuple[slice, Tensor]]:

@@ -10,7 +10,19 @@ import torch
 from torch import Tensor
 
 from ..files import crc
-from ..ops import TILE, Codec, Layout, bank_coef_grad, bank_compose, padded
+from ..ops import (
+    TILE,
+    Arena,
+    ArenaComposition,
+    Codec,
+    Composition,
+    Layout,
+    compose_with,
+    dots_with,
+    padded,
+    per_block,
+    resolve,
+)
 
 # Bytes of deltas that are read and checked together: part of the file format.
 CHUNK = 1 << 23
@@ -89,17 +101,13 @@ class Segment:
     def compose(
         self, coef: Tensor, backend: str = "auto", tile_key: Tensor | None = None
     ) -> Tensor:
-        """The composed arena [P] for coef (N, B') or (N,), with a tile_key for (N, B', K)."""
-        return bank_compose(
-            self.base,
-            self.deltas,
-            coef,
-            self.layout,
-            backend,
-            self.scales,
-            self.codec.bits,
-            tile_key,
-        )
+        """The composed arena [P] for coef (N, B') or (N,), with a tile_key for (N, B', K).
+
+        Differentiable, in any order, in coef.
+        """
+        coef = per_block(coef.to(torch.float32), len(self.columns))
+        groups = coef.shape[2] if coef.dim() == 3 else 0
+        return compose_with(self._composition(backend, tile_key, groups), coef, self.base)
 
     def coef_grad(
         self,
@@ -108,18 +116,17 @@ class Segment:
         tile_key: Tensor | None = None,
         groups: int = 0,
     ) -> Tensor:
-        """<grad, tau_i> over each block (N, B'), or its groups (N, B', K), for grad [P]."""
-        return bank_coef_grad(
-            grad,
-            self.deltas,
-            self.num_vectors,
-            self.layout,
-            backend,
-            self.scales,
-            self.codec.bits,
-            tile_key,
-            groups,
-        )
+        """<grad, tau_i> over each block (N, B'), or its groups (N, B', K), for grad [P].
+
+        Differentiable in it.
+        """
+        return dots_with(self._composition(backend, tile_key, groups), grad)
+
+    def _composition(self, backend: str, tile_key: Tensor | None, groups: int) -> Composition:
+        backend = resolve(backend, self.base.device.type, False)
+        tables = self.layout.tables
+        arena = Arena(self.deltas, self.scales, self.codec.bits, *tables, tile_key)
+        return ArenaComposition(backend, arena, self.num_vectors, groups)
 
     def blocks(self) -> list[Segment]:
         """Every block as a segment of its own: views, one contiguous range each."""

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ..files import FileFormatError, crc, data_offsets, read_tensors
-from ..ops import TILE, Layout, padded, tile_keys
+from ..ops import TILE, Layout, compose_with, dots_with, padded, tile_keys
 from .low_rank_segment import LowRankSegment
 from .segment import Segment, chunks
 from .task_vector_bank import TaskVectorBank
@@ -71,7 +71,7 @@ class Stream:
         self._bank = bank
         self._device = device
         self.groups, self._seed = groups, seed
-        self.coef_shape = (len(bank.names), groups) if groups else (len(bank.names),)
+        self.coef_shape = (len(bank.names), 1, groups) if groups else (len(bank.names), 1)
         self._source: _Source = _Host(bank) if bank.path is None else _File(bank.path, bank)
         self._pieces = self._cut()
         self._base: list[Tensor] = [torch.empty(0)] * len(bank.blocks)
@@ -104,8 +104,8 @@ class Stream:
         if column in self._low_rank:
             key = self._keys[column]
             return self._low_rank[column].compose(coef.unsqueeze(1), tile_key=key)
-        composed: Tensor = _Compose.apply(self, column, coef, self._base[column])
-        return composed
+        streamed = _StreamedComposition(self, column)
+        return compose_with(streamed, coef.unsqueeze(1), self._base[column])
 
     def coef_grad(self, column: int, grad: Tensor, /) -> Tensor:
         """``<grad, delta_i>``, (N,) or (N, K), over a block for grad [P'].
@@ -115,8 +115,7 @@ class Stream:
         if column in self._low_rank:
             part, key = self._low_rank[column], self._keys[column]
             return part.coef_grad(grad, tile_key=key, groups=self.groups).squeeze(1)
-        result: Tensor = _CoefGrad.apply(self, column, grad)
-        return result
+        return dots_with(_StreamedComposition(self, column), grad).squeeze(1)
 
     def read(self, column: int) -> Iterator[tuple[slice, Segment, Tensor | None]]:
         """A block's elements piece by piece, with a segment that is valid until the next.
@@ -246,50 +245,35 @@ class Stream:
         )
 
 
-class _Compose(torch.autograd.Function):
-    """(stream, column, coef (N,) or (N, K), base [P']) -> composed [P'].
+@dataclass(frozen=True)
+class _StreamedComposition:
+    """A block of a stream as what is differentiated.
 
-    Like `_CoefGrad` a Function of its own: inside, nothing is recorded, and so nothing is saved
-    that lies in a buffer. Each is the derivative of the other.
+    What is inside records nothing, and so saves nothing that lies in a buffer.
+
+    Attributes:
+        stream: where its pieces come from.
+        column: the block's place in the bank.
     """
 
-    @staticmethod
-    def forward(stream: Stream, column: int, coef: Tensor, base: Tensor) -> Tensor:
+    stream: Stream
+    column: int
+
+    def composed(self, coef: Tensor, base: Tensor) -> Tensor:
+        """[P'], for coef (N, 1) or (N, 1, K) and base [P']."""
         composed = torch.empty_like(base)
-        for elements, segment, key in stream.read(column):
+        for elements, segment, key in self.stream.read(self.column):
             part = replace(segment, base=base[elements])
-            composed[elements] = part.compose(coef.unsqueeze(1), tile_key=key)
+            composed[elements] = part.compose(coef, tile_key=key)
         return composed
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.stream, ctx.column, *_ = inputs
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        return None, None, _CoefGrad.apply(ctx.stream, ctx.column, grad), None
-
-
-class _CoefGrad(torch.autograd.Function):
-    """(stream, column, grad [P']) -> coef's gradient."""
-
-    @staticmethod
-    def forward(stream: Stream, column: int, grad: Tensor) -> Tensor:
-        total = torch.zeros(stream.coef_shape, dtype=torch.float64, device=grad.device)
-        for elements, segment, key in stream.read(column):
-            part = segment.coef_grad(grad[elements], tile_key=key, groups=stream.groups)
-            total += part.squeeze(1)
+    def dots(self, grad: Tensor) -> Tensor:
+        """Shaped like coef, for grad [P']."""
+        total = torch.zeros(self.stream.coef_shape, dtype=torch.float64, device=grad.device)
+        for elements, segment, key in self.stream.read(self.column):
+            part = segment.coef_grad(grad[elements], tile_key=key, groups=self.stream.groups)
+            total += part
         return total.float()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.stream, ctx.column, grad = inputs
-        ctx.shape, ctx.dtype = grad.shape, grad.dtype
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        zeros = grad.new_zeros(ctx.shape, dtype=ctx.dtype)
-        return None, None, _Compose.apply(ctx.stream, ctx.column, grad, zeros)
 
 
 @dataclass(frozen=True)

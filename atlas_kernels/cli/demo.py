@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import App, Parameter
+
+from .extras import need
 
 if TYPE_CHECKING:
     from ..experiments import Cell, Suite
@@ -14,56 +17,36 @@ ASSETS = "assets"
 STEP_COST = "step-cost.json"
 
 
-def add(commands: Any, common: argparse.ArgumentParser) -> None:
-    """Adds the command to the parser."""
-    parser = commands.add_parser(
-        "demo",
-        parents=[common],
-        help="learn compositions on real images that come with the package",
-        description="Turns a small CLIP model and its task vectors into better models of held-out "
-        "tasks, from a few labelled images each, and compares what can be done with them. Writes "
-        "results.json, pictures, the learned coefficients and merged models. An interrupted run "
-        "goes on where it stopped.",
-    )
-    parser.add_argument(
-        "--out", metavar="DIR", type=Path, default=Path("atlas-demo"), help="default: ./%(default)s"
-    )
-    parser.add_argument(
-        "--full", action="store_true", help="six targets, k = 1 to 16, three seeds (an hour or so)"
-    )
-    parser.add_argument(
-        "--from-scratch",
-        action="store_true",
-        help="first make the model and its task vectors from the images, in DIR/assets",
-    )
-    parser.add_argument(
-        "--seed",
-        type=int,
-        default=0,
-        help="of the labelled images that are drawn, and of --from-scratch (default: 0)",
-    )
-    parser.set_defaults(run=run)
+app = App(name="demo", help_epilogue="example: atlas-kernels demo --out atlas-demo")
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Makes the assets if asked to, runs the suite, and reports it."""
-    from .info import missing
+@app.default
+def demo(
+    *,
+    out: Path = Path("atlas-demo"),
+    full: Annotated[bool, Parameter(negative="")] = False,
+    from_scratch: Annotated[bool, Parameter(negative="")] = False,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Learns held-out tasks from a few images each, and compares what can be done.
 
-    lacking = missing("demo")
-    if lacking:
-        raise ImportError(
-            f"the demo needs {', '.join(lacking)}: run pip install 'atlas_kernels[demo]'"
-        )
+    Args:
+        out: Where results.json, pictures, the learned coefficients and merged models go. An
+            interrupted run goes on there where it stopped.
+        full: Six targets, k = 1 to 16, three seeds (an hour or so).
+        from_scratch: First make the model and its task vectors from the images, in OUT/assets.
+        seed: Of the labelled images that are drawn, and of --from-scratch.
+    """
+    need("demo", "the demo")
     from ..experiments import read_suite
 
-    out: Path = arguments.out
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file, expected the name of a folder")
-    suite = read_suite("demo-full" if arguments.full else "demo")
-    run_demo(_adjusted(suite, arguments), out)
+    suite = read_suite("demo-full" if full else "demo")
+    return run_demo(_adjusted(suite, out, seed, from_scratch), out)
 
 
-def run_demo(suite: Suite, out: Path, *, processes: int | None = None) -> None:
+def run_demo(suite: Suite, out: Path, *, processes: int | None = None) -> dict[str, Any]:
     """Runs a suite like the demo's, and writes all that the command promises."""
     from ..experiments import RESULTS, run_suite
     from ..report import print_results, print_step_cost, write_pictures
@@ -74,9 +57,11 @@ def run_demo(suite: Suite, out: Path, *, processes: int | None = None) -> None:
     pictures = write_pictures(records, kept[0], out)
     print_results(records)
     print_step_cost(cost)
-    names = ", ".join((RESULTS, STEP_COST, *(path.name for path in pictures)))
-    print(f"Written to {out}: {names},")
+    names = (RESULTS, STEP_COST, *(path.name for path in pictures))
+    print(f"Written to {out}: {', '.join(names)},")
     print("and for every target the learned coefficients-*.safetensors and merged-*.safetensors.")
+    results: dict[str, Any] = json.loads((out / RESULTS).read_text(encoding="utf-8"))
+    return {"folder": out, "files": names, "step_cost": cost, **results}
 
 
 def kept_cells(suite: Suite) -> list[Cell]:
@@ -90,19 +75,18 @@ def kept_cells(suite: Suite) -> list[Cell]:
     return [c for c in cells if (c.experiment, c.arm, c.value, c.seed) == chosen]
 
 
-def _adjusted(suite: Suite, arguments: argparse.Namespace) -> Suite:
+def _adjusted(suite: Suite, out: Path, seed: int, from_scratch: bool) -> Suite:
     """The suite with other seeds, and on assets that are made first."""
-    seed = arguments.seed
     experiments = tuple(
         each.model_copy(update={"seeds": tuple(seed + its for its in each.seeds)})
         for each in suite.experiments
     )
     suite = suite.model_copy(update={"experiments": experiments})
-    if not arguments.from_scratch:
+    if not from_scratch:
         return suite
     from ..experiments import Embedded, make_assets
 
-    folder = arguments.out.resolve() / ASSETS
+    folder = out.resolve() / ASSETS
     try:
         make_assets(folder, seed=seed)
     except KeyboardInterrupt:

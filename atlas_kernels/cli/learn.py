@@ -4,15 +4,13 @@ The options of a method are the fields of its schema in `experiments.config`, an
 every run leaves holds them all.
 """
 
-from __future__ import annotations
-
-import argparse
 import os
-import types
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, TypedDict, cast, get_origin
 
+from cyclopts import App, Group, Parameter
 from pydantic import BaseModel
 
 from ..experiments import (
@@ -28,6 +26,7 @@ from ..experiments import (
     write_json,
     write_yaml,
 )
+from .extras import need
 
 if TYPE_CHECKING:
     from ..experiments import Result, Setting
@@ -43,92 +42,82 @@ _TARGETS = {"negation": "mnist-clean", "test-time": "mnist-noise", "per-instance
 # Fields that have another option, or none.
 _RENAMED = {"target": "task"}
 _INTERNAL = ("method",)
-_METAVARS: dict[type, str] = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
+
+app = App(
+    name="learn",
+    help_epilogue="examples: atlas-kernels learn few-shot --task fashion-inverted --shots 4 -o "
+    "out; atlas-kernels learn few-shot --config out/config.yaml --lr 0.05 -o again",
+)
+_OWN = Group("Your own bank and images (embedded tasks without)", sort_key=1)
+_THEIRS = Group("Your own checkpoints and data sets", sort_key=2)
+_HOW = Group("How", sort_key=3)
 
 
-def add(commands: Any, common: argparse.ArgumentParser) -> None:
-    """Adds the command, and the ways to learn below it."""
-    text = "learn coefficients from images"
-    parser = commands.add_parser("learn", help=text, description=f"{text[0].upper()}{text[1:]}.")
-    methods = parser.add_subparsers(metavar="METHOD", required=True)
-    for name, schema in METHODS.items():
-        summary = (schema.__doc__ or "").strip().splitlines()[0]
-        method = methods.add_parser(
-            name,
-            parents=[common],
-            help=summary,
-            description=f"{summary} What is best on the validation images is kept. Runs on a GPU "
-            "if your own model meets one.",
-        )
-        method.set_defaults(run=_learn, method=name)
-        own = method.add_argument_group("your own bank and images (embedded tasks without)")
-        _add_options(own, Own, ())
-        theirs = method.add_argument_group("your own checkpoints and data sets")
-        _add_options(theirs, Checkpoints, ("model",))
-        _add_options(method.add_argument_group("how"), schema, ())
-        method.add_argument(
-            "--config",
-            metavar="FILE",
-            type=Path,
-            help=f"a run's {CONFIG}; other options replace its fields",
-        )
-        method.add_argument("--resume", action="store_true", help="go on with an interrupted run")
-        method.add_argument(
-            "-o", "--output", metavar="DIR", type=Path, required=True, help="where the files go"
-        )
+def _options(schema: type[BaseModel], without: tuple[str, ...] = ()) -> Any:
+    """The fields of a schema as options.
 
-
-def _add_options(group: Any, schema: type[BaseModel], without: tuple[str, ...]) -> None:
+    What is not given is not there, so that a file's fields, or the schema's defaults, hold.
+    """
+    fields: dict[str, Any] = {}
     for name, field in schema.model_fields.items():
         if name in (*_INTERNAL, "kind", *without):
             continue
-        kinds, several = _kinds(field.annotation)
-        # What is not given is not there, so that a file's fields, or the schema's, hold.
-        options: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS}
-        default = f"({field.default})" if isinstance(field.default, str | int | float) else ""
-        options["help"] = f"{field.description or ''} {default}".strip()
-        if kinds == (bool,):
-            options["action"] = argparse.BooleanOptionalAction
-        elif several:
-            options |= {"nargs": "+", "action": "extend", "type": kinds[0]}
-        elif kinds and not isinstance(kinds[0], type):
-            options |= {"choices": kinds, "type": type(kinds[0])}
-        else:
-            options["type"] = kinds[0]
-        if isinstance(kinds[0], type) and kinds[0] is not bool:
-            options["metavar"] = _METAVARS[kinds[0]]
-        group.add_argument(_option(name), **options)
+        known = not field.is_required() and field.default not in (None, ())
+        default = f"[default: {field.default}]" if known else ""
+        several = get_origin(field.annotation) is tuple
+        parameter = Parameter(
+            name=_option(name),
+            help=f"{field.description or ''} {default}".strip(),
+            show_default=False,
+            consume_multiple=several,
+            negative="" if several else None,
+        )
+        fields[name] = Annotated[cast(Any, field.annotation), parameter]
+    options: Any = TypedDict(f"{schema.__name__}Options", fields, total=False)  # type: ignore[misc]
+    # Where its annotations are looked up.
+    options.__module__ = __name__
+    return options
 
 
-def _kinds(annotation: Any) -> tuple[tuple[Any, ...], bool]:
-    """The types, or the literal values, that an option may have; whether it takes several."""
-    origin = get_origin(annotation)
-    if origin in (Union, types.UnionType):
-        parts = [part for part in get_args(annotation) if part is not type(None)]
-        return _kinds(parts[0])
-    if origin is Literal:
-        return get_args(annotation), False
-    if origin is tuple:
-        return (get_args(annotation)[0],), True
-    return (annotation,), False
+def _command(method: str, schema: type[BaseModel]) -> Callable[..., dict[str, Any]]:
+    """The command of a method."""
+
+    def command(
+        *,
+        own: Any = None,
+        theirs: Any = None,
+        run: Any = None,
+        config: Annotated[
+            Path | None,
+            Parameter(help=f"A run's {CONFIG}; other options replace its fields.", group=_HOW),
+        ] = None,
+        resume: Annotated[
+            bool, Parameter(help="Go on with an interrupted run.", negative="", group=_HOW)
+        ] = False,
+        output: Annotated[
+            Path, Parameter(name=["--output", "-o"], help="The folder for the files.")
+        ],
+    ) -> dict[str, Any]:
+        checked_config = _config(method, own or {}, theirs or {}, run or {}, config)
+        return _learn(method, checked_config, resume, output)
+
+    for name, options, group in (
+        ("own", _options(Own), _OWN),
+        ("theirs", _options(Checkpoints, ("model",)), _THEIRS),
+        ("run", _options(schema), _HOW),
+    ):
+        command.__annotations__[name] = Annotated[options | None, Parameter(name="*", group=group)]
+    return command
 
 
 def _option(name: str) -> str:
     return "--" + _RENAMED.get(name, name).replace("_", "-")
 
 
-def _learn(arguments: argparse.Namespace) -> None:
-    from .info import missing
-
-    lacking = missing("demo")
-    if lacking:
-        raise ImportError(
-            f"learning needs {', '.join(lacking)}: run pip install 'atlas_kernels[demo]'"
-        )
-    config = _config(arguments)
-    folder: Path = arguments.output
+def _learn(method: str, config: Single, resume: bool, folder: Path) -> dict[str, Any]:
+    need("demo", "learning")
     _check_folder(folder)
-    _check_state(folder, config, arguments.resume)
+    _check_state(folder, config, resume)
     from ..experiments import Setting, open_workspace
 
     space = open_workspace(config.source, folder / "vectors")
@@ -138,34 +127,42 @@ def _learn(arguments: argparse.Namespace) -> None:
     write_yaml(folder / CONFIG, config)
     print(space.description)
     try:
-        _run(setting, config)
+        return _run(setting, config)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
             f"finished epochs are kept in {folder}; the same command with --resume goes on"
         ) from None
 
 
-def _config(arguments: argparse.Namespace) -> Single:
+def _config(
+    method: str,
+    own: dict[str, Any],
+    theirs: dict[str, Any],
+    run: dict[str, Any],
+    file: Path | None,
+) -> Single:
     """What the options and the file say together."""
-    given = {name: getattr(arguments, name) for name in vars(arguments)}
-    where = f"learn {arguments.method}"
-    read = read_yaml(arguments.config, Single) if arguments.config else None
-    if read and read.run.method != arguments.method:
-        raise ValueError(f"{arguments.config} is of learn {read.run.method}, not of {where}")
-    run = {**(read.run.model_dump() if read else {}), **_fields(given, METHODS[arguments.method])}
+    where = f"learn {method}"
+    read = read_yaml(file, Single) if file else None
+    if read and read.run.method != method:
+        raise ValueError(f"{file} is of learn {read.run.method}, not of {where}")
+    codec = "codec" in run
+    run = {**(read.run.model_dump() if read else {}), **run}
     source = read.source.model_dump() if read else {"kind": "embedded"}
-    source = _source(source, _fields(given, Own), _fields(given, Checkpoints))
+    if theirs and "model" in own:
+        theirs["model"] = own["model"]
+    source = _source(source, own, theirs)
     if source["kind"] == "own":
         _check_own(source, run)
-        if "codec" in given:
+        if codec:
             raise ValueError("--codec is for task vectors: a bank has its codec already")
-    _fill_in(source, run, arguments.method)
-    contents = {"source": source, "run": {**run, "method": arguments.method}}
+    _fill_in(source, run, method)
+    if run.get("control") is not None and run.get("control") == run.get("target"):
+        raise ValueError(
+            f"--control is {run['control']}, which is the task to forget: name another one to keep"
+        )
+    contents = {"source": source, "run": {**run, "method": method}}
     return checked(Single, contents, where, _option)
-
-
-def _fields(given: dict[str, Any], schema: type[BaseModel]) -> dict[str, Any]:
-    return {name: given[name] for name in schema.model_fields if name in given}
 
 
 def _source(before: dict[str, Any], own: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
@@ -211,7 +208,7 @@ def _fill_in(source: dict[str, Any], run: dict[str, Any], method: str) -> None:
         run["control"] = run.get("control") or (_CONTROL if embedded else names[1])
 
 
-def _run(setting: Setting, config: Single) -> None:
+def _run(setting: "Setting", config: Single) -> dict[str, Any]:
     from ..experiments import perform, write_models
 
     folder = setting.folder
@@ -238,9 +235,10 @@ def _run(setting: Setting, config: Single) -> None:
     _print_metrics(setting, result, zero_shot)
     print(f"Written to {folder}: {', '.join(files)}.")
     (folder / STATE).unlink(missing_ok=True)
+    return {"folder": folder, "files": files, **results}
 
 
-def _write_picture(setting: Setting, learned: Learned, folder: Path) -> str:
+def _write_picture(setting: "Setting", learned: "Learned", folder: Path) -> str:
     from ..report import history_figure, save
 
     losses = [entry["loss"] for entry in learned.history[1:]]
@@ -249,7 +247,7 @@ def _write_picture(setting: Setting, learned: Learned, folder: Path) -> str:
     return "history.png"
 
 
-def _zero_shot(setting: Setting) -> dict[str, Any]:
+def _zero_shot(setting: "Setting") -> dict[str, Any]:
     """What the base reaches, where that can be measured in the same way."""
     from ..experiments import perform
 
@@ -261,7 +259,7 @@ def _zero_shot(setting: Setting) -> dict[str, Any]:
     return perform(replace(setting, run=run.model_copy(update=present), state=None)).metrics
 
 
-def _print_metrics(setting: Setting, result: Result, zero_shot: dict[str, Any]) -> None:
+def _print_metrics(setting: "Setting", result: "Result", zero_shot: dict[str, Any]) -> None:
     from ..report import print_table
 
     before, after = _accuracies(zero_shot), _accuracies(result.metrics)
@@ -314,3 +312,20 @@ def _check_state(folder: Path, config: Single, resume: bool) -> None:
                     f"{folder} holds a run with another {_option(name)} ({before.get(name)} there, "
                     f"{now[name]} here): {advice}"
                 )
+
+
+def __getattr__(method: str) -> Any:
+    """The command of a method, made when it is asked for: each has some forty options."""
+    if method not in METHODS:
+        raise AttributeError(f"module {__name__!r} has no attribute {method!r}")
+    return _command(method, METHODS[method])
+
+
+for _name, _schema in METHODS.items():
+    _summary = (_schema.__doc__ or "").strip().splitlines()[0]
+    app.command(
+        f"{__name__}:{_name}",
+        name=_name,
+        help=f"{_summary} What is best on the validation images is kept. Runs on a GPU if your own "
+        "model meets one.",
+    )

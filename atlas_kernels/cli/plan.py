@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import re
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import App, Parameter
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -19,60 +21,62 @@ _UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _UNITS |= {f"{prefix}i": 2 ** (10 * power) for power, prefix in enumerate("kMGT", 1)}
 
 
-def add(commands: Any, common: argparse.ArgumentParser) -> None:
-    """Adds the command to the parser."""
-    text = "predict memory, disk and traffic of learning coefficients, without loading anything"
-    parser = commands.add_parser(
-        "plan", parents=[common], help=text, description=f"{text[0].upper()}{text[1:]}."
-    )
-    parser.set_defaults(run=_run)
-    parser.add_argument(
-        "files",
-        metavar="FILE",
-        type=Path,
-        nargs="*",
-        help="a bank; or the base's checkpoint, and the task vectors (or folders of LoRA adapters) "
-        "made from it",
-    )
-    parser.add_argument(
-        "--model",
-        metavar="NAME",
-        help="an open_clip architecture, such as ViT-B-32: its image encoder is planned, if there "
-        "is no FILE, and its activations are part of the prediction",
-    )
-    parser.add_argument("--batch", type=int, default=32, help="images per step (%(default)s)")
-    parser.add_argument("--vectors", metavar="N", type=int, help="number of task vectors")
-    parser.add_argument("--codec", help="how deltas are stored (default: bf16, or the bank's)")
-    parser.add_argument(
-        "--memory", default="whole", help="whole, recompute or stream (%(default)s)"
-    )
-    parser.add_argument(
-        "--fit", metavar="SIZE", help="list the settings that need at most this, such as 16GB"
-    )
+app = App(
+    name="plan",
+    help_epilogue="examples: atlas-kernels plan --model ViT-L-14 --vectors 8 --fit 16GB; "
+    "atlas-kernels plan bank.safetensors --memory stream",
+)
 
 
-def _run(arguments: argparse.Namespace) -> None:
-    budget = None if arguments.fit is None else parse_size(arguments.fit)
-    if arguments.batch < 1:
-        raise ValueError(f"--batch is {arguments.batch}, expected 1 or more")
-    if not arguments.files and arguments.model is None:
+@app.default
+def plan(
+    files: Annotated[tuple[Path, ...], Parameter(name="FILE")] = (),
+    /,
+    *,
+    model: str | None = None,
+    batch: int = 32,
+    vectors: int | None = None,
+    codec: str | None = None,
+    memory: Any = "whole",
+    fit: str | None = None,
+) -> Any:
+    """Prints what learning coefficients will need.
+
+    Args:
+        files: A bank; or the base's checkpoint, and the task vectors (or folders of LoRA adapters)
+            made from it.
+        model: An open_clip architecture, such as ViT-B-32: its image encoder is planned, if there
+            is no FILE, and its activations are part of the prediction.
+        batch: Images per step.
+        vectors: Number of task vectors.
+        codec: How deltas are stored; by default bf16, or as in the bank.
+        memory: whole, recompute or stream.
+        fit: List the settings that need at most this, such as 16GB.
+    """
+    budget = None if fit is None else parse_size(fit)
+    if batch < 1:
+        raise ValueError(f"--batch is {batch}, expected 1 or more")
+    if not files and model is None:
         raise ValueError("nothing to plan: name a bank, a checkpoint, or --model NAME")
-    from ..models import activation_bytes, plan, plans
+    from ..models import activation_bytes, plans
+    from ..models import plan as planned
+    from ..ops import parse_codec
 
-    model, options = _model(arguments)
-    if arguments.model is not None:
-        encoder = _encoder(arguments.model)
-        model = encoder if model is None else model
-        options["activations"] = activation_bytes(encoder, [_images(encoder, arguments.batch)])
-    assert model is not None
-    count = _count(arguments, options)
+    if codec is not None:
+        parse_codec(codec)
+    base, options = _model(files)
+    if model is not None:
+        encoder = _encoder(model)
+        base = encoder if base is None else base
+        options["activations"] = activation_bytes(encoder, [_images(encoder, batch)])
+    assert base is not None
+    count = _count(vectors, options)
     stored = options.pop("codec", "bf16")
-    codec = arguments.codec or stored
     if budget is None:
-        its = plan(model, count, codec=codec, memory=arguments.memory, **options)
+        its = planned(base, count, codec=codec or stored, memory=memory, **options)
         _print(its, known="activations" in options)
-        return
-    every = plans(model, count, **options)
+        return _document(its)
+    every = plans(base, count, **options)
     fitting = [its for its in every if its.peak <= budget]
     if not fitting:
         from ..report import size
@@ -80,11 +84,16 @@ def _run(arguments: argparse.Namespace) -> None:
         least = min(every, key=lambda its: its.peak)
         activations = least.parts.get("activations", 0)
         raise ValueError(
-            f"nothing fits {arguments.fit}: the least, codec {least.codec} with memory "
+            f"nothing fits {fit}: the least, codec {least.codec} with memory "
             f"{least.memory}, needs {size(least.peak)}"
             + (f", {size(activations)} of it activations: lower --batch" if activations else "")
         )
-    _print_fitting(fitting, arguments.fit)
+    _print_fitting(fitting, str(fit))
+    return [_document(its) for its in fitting]
+
+
+def _document(its: Plan) -> dict[str, Any]:
+    return {**asdict(its), "peak": its.peak}
 
 
 def parse_size(text: str) -> int:
@@ -96,13 +105,13 @@ def parse_size(text: str) -> int:
     return int(float(match[1]) * _UNITS[unit])
 
 
-def _model(arguments: argparse.Namespace) -> tuple[dict[str, Tensor] | nn.Module | None, Any]:
+def _model(files: tuple[Path, ...]) -> tuple[dict[str, Tensor] | nn.Module | None, Any]:
     """The base without its data, and what else the files say."""
-    if not arguments.files:
+    if not files:
         return None, {}
     from ..files import describe
 
-    first, *vectors = arguments.files
+    first, *vectors = files
     if first.suffix == ".safetensors":
         kind, fields, tensors = describe(first)
     else:
@@ -233,13 +242,13 @@ def _images(encoder: nn.Module, batch: int) -> Tensor:
     return torch.empty(batch, 3, height, width, device="meta")
 
 
-def _count(arguments: argparse.Namespace, options: dict[str, Any]) -> int:
+def _count(vectors: int | None, options: dict[str, Any]) -> int:
     found: int | None = options.pop("count", None)
-    if arguments.vectors is None and found is None:
+    if vectors is None and found is None:
         raise ValueError("how many task vectors? Name their files, or --vectors N")
-    if arguments.vectors is not None and found not in (None, arguments.vectors):
-        raise ValueError(f"--vectors is {arguments.vectors}, but the files hold {found}")
-    return arguments.vectors if found is None else found
+    if vectors is not None and found not in (None, vectors):
+        raise ValueError(f"--vectors is {vectors}, but the files hold {found}")
+    return vectors if found is None else found  # type: ignore[return-value]
 
 
 def _print(its: Plan, known: bool) -> None:

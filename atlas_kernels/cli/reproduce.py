@@ -2,94 +2,99 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from cyclopts import App, Parameter
+
+from .extras import need
+
+app = App(
+    name="reproduce",
+    help_epilogue="examples: atlas-kernels reproduce embedded; atlas-kernels reproduce few-shot "
+    "--checkpoints DIR --data DIR --only shots",
+)
 
 
-def add(commands: Any, common: argparse.ArgumentParser) -> None:
-    """Adds the command."""
-    text = "run a table of the paper, or every method on the embedded tasks"
-    parser = commands.add_parser(
-        "reproduce",
-        parents=[common],
-        help=text,
-        description=f"{text[0].upper()}{text[1:]}; one report, as a page that opens offline. "
-        "Without a name: what there is. Interrupted, the same command goes on.",
-    )
-    parser.set_defaults(run=_reproduce)
-    parser.add_argument("name", metavar="NAME", nargs="?", help="of a suite, or a suite's file")
-    parser.add_argument("--checkpoints", metavar="DIR", type=Path, help="with MODEL/ below it")
-    parser.add_argument("--data", metavar="DIR", type=Path, help="the data sets")
-    parser.add_argument("--model", default="ViT-B-32", help="open_clip's name (%(default)s)")
-    parser.add_argument(
-        "--allow-pickle", action="store_true", help="read whole pickled modules (.pt) as well"
-    )
-    parser.add_argument("--only", metavar="EXPERIMENT", nargs="+", help="some of its experiments")
-    parser.add_argument("--processes", type=int, help="at a time (one per core)")
-    parser.add_argument(
-        "-o", "--output", metavar="DIR", type=Path, help="where the files go (reproduce-NAME)"
-    )
+@app.default
+def reproduce(
+    name: str | None = None,
+    /,
+    *,
+    checkpoints: Path | None = None,
+    data: Path | None = None,
+    model: str = "ViT-B-32",
+    allow_pickle: Annotated[bool, Parameter(negative="")] = False,
+    only: Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative="")] = (),
+    processes: int | None = None,
+    output: Annotated[Path | None, Parameter(name=["--output", "-o"])] = None,
+) -> dict[str, Any]:
+    """Runs a suite; one report, as a page that opens offline.
 
-
-def _reproduce(arguments: argparse.Namespace) -> None:
-    from ..experiments import suite_names
-
-    if arguments.name is None:
-        _list(suite_names())
-        return
+    Args:
+        name: Of a suite, or a suite's file; without it: what there is. Interrupted, the same
+            command goes on.
+        checkpoints: A folder with MODEL/ below it.
+        data: The data sets.
+        model: open_clip's name.
+        allow_pickle: Read whole pickled modules (.pt) as well.
+        only: Some of its experiments.
+        processes: At a time; by default one per core.
+        output: Where the files go; by default reproduce-NAME.
+    """
+    if name is None:
+        return _list()
     from ..experiments import RESULTS, run_suite
     from ..report import PAGE, print_table, table, write_report
-    from .info import missing
 
-    lacking = missing("demo")
-    if lacking:
-        raise ImportError(
-            f"reproducing needs {', '.join(lacking)}: run pip install 'atlas_kernels[demo]'"
-        )
-    suite = _suite(arguments)
-    folder = arguments.output or Path(f"reproduce-{suite.name}")
-    records = run_suite(suite, folder, processes=arguments.processes)
+    need("demo", "reproducing")
+    source = None
+    if checkpoints and data:
+        source = {
+            "kind": "checkpoints",
+            "model": model,
+            "checkpoints": str(checkpoints),
+            "data": str(data),
+            "allow_pickle": allow_pickle,
+        }
+    elif checkpoints or data:
+        raise ValueError("--checkpoints and --data go together")
+    suite = _suite(name, source, only)
+    folder = output or Path(f"reproduce-{suite.name}")
+    records = run_suite(suite, folder, processes=processes)
+    tables = {}
     for experiment in suite.experiments:
         its = table(records, experiment)
         if its.rows:
             numbers = len(its.columns) - 1
             print_table(its.columns, its.rows, title=experiment.title, numbers=numbers)
+            tables[experiment.name] = [dict(zip(its.columns, row, strict=True)) for row in its.rows]
         for warning in its.warnings:
             print(warning)
     write_report(records, folder)
     print(f"Written to {folder}: {PAGE}, {RESULTS}, config.yaml. Open {folder / PAGE}.")
+    return {"folder": folder, "page": folder / PAGE, "tables": tables}
 
 
-def _suite(arguments: argparse.Namespace) -> Any:
+def _suite(name: str, source: dict[str, Any] | None, only: tuple[str, ...]) -> Any:
     from ..experiments import load_suite
 
-    files = arguments.checkpoints, arguments.data
-    source = None
-    if all(files):
-        source = {
-            "kind": "checkpoints",
-            "model": arguments.model,
-            "checkpoints": str(arguments.checkpoints),
-            "data": str(arguments.data),
-            "allow_pickle": arguments.allow_pickle,
-        }
-    elif any(files):
-        raise ValueError("--checkpoints and --data go together")
-    suite = load_suite(arguments.name, source)
-    if arguments.only:
-        names = [experiment.name for experiment in suite.experiments]
-        unknown = [name for name in arguments.only if name not in names]
-        if unknown:
-            raise ValueError(f"no experiment {unknown[0]!r} in {suite.name}: {', '.join(names)}")
-        chosen = tuple(e for e in suite.experiments if e.name in arguments.only)
-        suite = suite.model_copy(update={"experiments": chosen})
-    return suite
+    suite = load_suite(name, source)
+    if not only:
+        return suite
+    names = [experiment.name for experiment in suite.experiments]
+    unknown = [name for name in only if name not in names]
+    if unknown:
+        raise ValueError(f"no experiment {unknown[0]!r} in {suite.name}: {', '.join(names)}")
+    chosen = tuple(e for e in suite.experiments if e.name in only)
+    return suite.model_copy(update={"experiments": chosen})
 
 
-def _list(names: tuple[str, ...]) -> None:
-    from ..experiments import read_suite
+def _list() -> dict[str, Any]:
+    from ..experiments import read_suite, suite_names
     from ..report import print_table
 
-    rows = [(name, read_suite(name).title) for name in names]
-    print_table(("NAME", "what it runs"), rows, title="atlas-kernels reproduce NAME")
+    suites = {name: read_suite(name).title for name in suite_names()}
+    heading = "atlas-kernels reproduce NAME"
+    print_table(("NAME", "what it runs"), list(suites.items()), title=heading)
+    return suites

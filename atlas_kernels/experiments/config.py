@@ -11,7 +11,7 @@ import itertools
 import statistics
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
 import yaml
 from pydantic import (
@@ -25,8 +25,9 @@ from pydantic import (
 )
 
 from ..files import write_atomically
-from ..learn import Recipe
-from ..ops import parse_codec
+
+if TYPE_CHECKING:
+    from ..learn import Recipe
 
 Vectors = Literal["standard", "linear", "lora-product", "lora-factorwise"]
 Model = TypeVar("Model", bound="Schema")
@@ -35,7 +36,8 @@ Model = TypeVar("Model", bound="Schema")
 class Schema(BaseModel):
     """Frozen, and strict about names."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # Built when it is used: the help of a command looks at fields alone.
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
 
 class Embedded(Schema):
@@ -128,6 +130,8 @@ class Run(Schema):
     @field_validator("codec")
     @classmethod
     def _known_codec(cls, name: str) -> str:
+        from ..ops import parse_codec
+
         parse_codec(name)
         return name
 
@@ -153,6 +157,8 @@ class Run(Schema):
 
     def training(self) -> Recipe:
         """How parameters learn."""
+        from ..learn import Recipe
+
         names = ("epochs", "lr", "weight_decay", "schedule", "preset", "warmup", "accumulate")
         return Recipe(seed=self.seed, **{name: self.resolved(name) for name in names})
 
@@ -330,7 +336,7 @@ AnyRun = Annotated[
     FewShotRun | AdditionRun | NegationRun | TestTimeRun | PeftRun | PerInstanceRun | CosineRun,
     Field(discriminator="method"),
 ]
-_RUN: TypeAdapter[Any] = TypeAdapter(AnyRun)
+_RUN: TypeAdapter[Any] = TypeAdapter(AnyRun, config=ConfigDict(defer_build=True))
 METHODS: dict[str, type[Run]] = {
     "few-shot": FewShotRun,
     "addition": AdditionRun,

@@ -1,42 +1,9 @@
 """Tensors in and out: checkpoints of any origin, and safetensors that describe themselves.
 
-Knows no task vectors and no models. Below everything: any room may use it.
+Knows no task vectors and no models. Below everything: any room may use it. Its names are
+imported when they are used: writing a text file needs no PyTorch.
 """
 
-from .atomic import abandoned, write_atomically
-from .checksums import crc
-from .errors import FileFormatError, parts_of, printable
-from .fields import check_unique, parsed
-from .state_dicts import read_state_dict
-from .tensors import (
-    Origin,
-    data_offsets,
-    describe,
-    digest,
-    map_tensors,
-    read_tensors,
-    torch_dtype,
-    write_mapped,
-    write_tensors,
-)
+import lazy_loader
 
-__all__ = [
-    "FileFormatError",
-    "Origin",
-    "abandoned",
-    "check_unique",
-    "crc",
-    "data_offsets",
-    "describe",
-    "digest",
-    "map_tensors",
-    "parsed",
-    "parts_of",
-    "printable",
-    "read_state_dict",
-    "read_tensors",
-    "torch_dtype",
-    "write_atomically",
-    "write_mapped",
-    "write_tensors",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from .text import printable
+
 
 class FileFormatError(ValueError):
     """A file is not what it should be; the message says what it is and what was expected."""
@@ -15,11 +17,6 @@ class FileFormatError(ValueError):
     def __init__(self, message: str) -> None:
         # Names come from files: in a terminal they could clear the screen or forge a line.
         super().__init__(printable(message))
-
-
-def printable(text: str) -> str:
-    """The text with an escape for every character that is not printed as itself."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 @contextmanager

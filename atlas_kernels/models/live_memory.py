@@ -24,7 +24,7 @@ class PeakMemory(TorchDispatchMode):
 
     Example:
         >>> import torch
-        >>> from atlas_kernels.memory import PeakMemory
+        >>> from atlas_kernels.models import PeakMemory
         >>> with PeakMemory() as memory:
         ...     x = torch.ones(10) + 1  # two tensors of 40 bytes, one of them dropped at once
         >>> memory.peak, memory.live

@@ -23,7 +23,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import pad
 
 from ..bank import TaskVectorBank
-from ..ops import tile_keys
+from ..ops import per_block, tile_keys
 
 
 class Blocks(Protocol):
@@ -209,7 +209,7 @@ class _Pass:
         self._coef, self._version = coef, coef._version
         self._modes = _modes(coef)
         num_blocks = len(blocks.shapes)
-        self._per_block = coef if coef.dim() > 1 else coef.unsqueeze(1).expand(-1, num_blocks)
+        self._per_block = per_block(coef, num_blocks)
         # A copy: the backward composes with these, whatever becomes of coef. (N,) or (N, K) each.
         rows = self._per_block.detach().transpose(0, 1)
         rows = rows.clone(memory_format=torch.contiguous_format)

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ..ops import in_backward
+
 
 def places(module: nn.Module, names: Iterable[str]) -> dict[str, str]:
     """Every place of these parameters and buffers, tied ones too, with the name it goes by.
@@ -73,7 +75,7 @@ class _Guard:
 
     def __call__(self, owner: nn.Module, args: Any) -> None:
         # In a compiled module checkpointed regions are part of the graph.
-        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
+        if torch.compiler.is_compiling() or not in_backward():
             return
         # Where a parameter is replaced, the whole composed model is being run again.
         swapped = not all(isinstance(owner._parameters[name], nn.Parameter) for name in self._names)

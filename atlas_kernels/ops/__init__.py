@@ -1,14 +1,24 @@
 """The operator: composition and its coefficient gradient, for every backend, codec and grouping.
 
 `schema` defines each operator once, `reference` says what it computes, `backends` how fast,
-`compose` makes it differentiable. Knows no names, no files and no models. Below everything: any
+`composition` makes it differentiable. Knows no names, no files and no models. Below everything: any
 room may use it.
 """
 
+from .arena import Arena, ArenaComposition
 from .backends import BackendUnavailableError, backends, resolve
 from .codecs import CODECS, Codec, codec_named, parse_codec
-from .composition import STORAGE_DTYPES, Batched, bank_coef_grad, bank_compose, check_coef, compose
+from .composition import (
+    STORAGE_DTYPES,
+    Composition,
+    check_coef,
+    compose,
+    compose_with,
+    dots_with,
+    per_block,
+)
 from .groups import check_groups, group_of, group_sums, slots, tile_keys
+from .internals import in_backward
 from .layout import CHUNK_TILES, TILE, Layout, padded, pieces
 
 __all__ = [
@@ -16,21 +26,25 @@ __all__ = [
     "CODECS",
     "STORAGE_DTYPES",
     "TILE",
+    "Arena",
+    "ArenaComposition",
     "BackendUnavailableError",
-    "Batched",
     "Codec",
+    "Composition",
     "Layout",
     "backends",
-    "bank_coef_grad",
-    "bank_compose",
     "check_coef",
     "check_groups",
     "codec_named",
     "compose",
+    "compose_with",
+    "dots_with",
     "group_of",
     "group_sums",
+    "in_backward",
     "padded",
     "parse_codec",
+    "per_block",
     "pieces",
     "resolve",
     "slots",

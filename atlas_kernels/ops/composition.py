@@ -1,21 +1,23 @@
-"""The composition operator: its checks, its derivatives, its dispatch.
+"""The composition operators: their checks, their derivatives, their dispatch.
 
 Composition and its coefficient gradient are each other's derivative, so each is an
-`autograd.Function` whose backward calls the other: any order of differentiation works.
+`autograd.Function` whose backward calls the other: any order of differentiation works. There are
+two pairs: lists of tensors that the caller owns, and anything else that composes one flat tensor
+(an `arena`, low-rank factors, a stream), which comes as one object.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from . import schema as ops
 from .backends import resolve
 from .groups import check_groups
-from .layout import Layout
+from .internals import any_requires_grad, is_transformed
+from .schema import ABSENT, operators
 
 STORAGE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -64,128 +66,85 @@ def compose(
         >>> weight[0, 0].item(), bias[0].item()
         (1.75, 2.0)
     """
+    if isinstance(base, Tensor | Mapping):
+        raise TypeError(f"base is a {type(base).__name__}, expected a list of one tensor per block")
     base = tuple(base)
     deltas = tuple(tuple(vector) for vector in deltas)
-    composed = _compose_plain(base, deltas, coef, backend)
-    if composed is not None:
-        return composed
+    if _is_plain(base, deltas, coef):
+        chosen = resolve(backend, base[0].device.type, False)
+        if chosen != "torch":
+            # These backends check for next to nothing what takes longer here than composing.
+            try:
+                return _compose(chosen, base, deltas, coef.to(torch.float32))
+            except (RuntimeError, TypeError, ValueError):
+                check(base, deltas, coef)
+                if not _any_float64(base, deltas):
+                    raise
     check(base, deltas, coef)
     if not base:
         return ()
-    accumulate = _accumulation_dtype(base, deltas, coef)
+    accumulate = torch.float64 if _any_float64(base, deltas) else torch.float32
     chosen = resolve(backend, base[0].device.type, accumulate == torch.float64)
-    absent = base[0].new_empty(ops.ABSENT)
-    flat = [absent if delta is None else delta for vector in deltas for delta in vector]
-    result: tuple[Tensor, ...] = _Compose.apply(
-        chosen, len(base), _per_block(coef.to(accumulate), len(base)), *base, *flat
+    return _compose(chosen, base, deltas, coef.to(accumulate))
+
+
+def _is_plain(
+    base: tuple[Tensor, ...], deltas: Sequence[Sequence[Tensor | None]], coef: Tensor
+) -> bool:
+    """Whether all that an operator would not notice by itself is right, and nothing traces it."""
+    return (
+        not (torch.compiler.is_compiling() or is_transformed())
+        and bool(base)
+        and all(len(vector) == len(base) for vector in deltas)
+        and all(isinstance(tensor, Tensor) for tensor in (coef, *base))
+        and coef.is_floating_point()
+        and coef.device == base[0].device
     )
-    return result
 
 
-def _compose_plain(
+def _compose(
+    backend: str,
     base: tuple[Tensor, ...],
     deltas: Sequence[Sequence[Tensor | None]],
     coef: Tensor,
-    backend: str,
-) -> tuple[Tensor, ...] | None:
-    """Composes by a backend that checks its arguments, if they are plain and fit; None if not.
-
-    Thousands of small tensors cost more to check one by one, and to pass through autograd, than to
-    compose. These backends check dtypes, shapes and devices for next to nothing; what they refuse
-    goes the general way, which finds the words.
-    """
-    if torch.compiler.is_compiling() or _is_transformed():
-        return None
-    if not base or any(len(vector) != len(base) for vector in deltas):
-        return None
-    if not all(isinstance(tensor, Tensor) for tensor in (coef, *base)):
-        return None
-    if not coef.is_floating_point() or coef.device != base[0].device:
-        return None
-    absent = base[0].new_empty(ops.ABSENT)
+) -> tuple[Tensor, ...]:
+    absent = base[0].new_empty(ABSENT)
     flat = [absent if delta is None else delta for vector in deltas for delta in vector]
-    try:
-        # Ten times as fast as asking each delta.
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*flat):
-            return None
-        chosen = resolve(backend, base[0].device.type, False)
-        if chosen == "torch":
-            return None
-        coef = _per_block(coef.to(torch.float32), len(base))
-        composed: tuple[Tensor, ...] = _ComposePlain.apply(chosen, coef, flat, *base)
-    except (RuntimeError, TypeError, ValueError):
-        return None
+    visible = torch.compiler.is_compiling() or is_transformed()
+    visible = visible or (torch.is_grad_enabled() and any_requires_grad(flat))
+    # Thousands of tensors cost more to pass through autograd than to compose.
+    seen, hidden = (flat, None) if visible else ([], flat)
+    composed: tuple[Tensor, ...] = _call(
+        _ComposeList, backend, len(base), hidden, per_block(coef, len(base)), *base, *seen
+    )
     return composed
 
 
-def bank_compose(
-    base: Tensor,
-    deltas: Tensor,
-    coef: Tensor,
-    layout: Layout,
-    backend: str = "auto",
-    scales: Tensor | None = None,
-    bits: int = 0,
-    tile_key: Tensor | None = None,
-) -> Tensor:
-    """The composed arena [P] of arenas ``base`` [P] and ``deltas`` [N * P], laid out by ``layout``.
+class Composition(Protocol):
+    """Anything linear in coefficients: ``base + sum_i coef[i] * delta_i`` on one flat tensor."""
 
-    ``coef`` is (N, B) or (N,) on the same device; with a ``tile_key`` it is (N, B, K) (see
-    `partition`). With ``bits``, ``deltas`` are packed words that have ``scales`` (see
-    `codecs.packed`). Differentiable in ``coef`` and ``base``.
-    """
-    num_blocks = len(layout.shapes)
-    result: Tensor = _call(
-        _BankCompose,
-        resolve(backend, base.device.type, False),
-        _per_block(coef.to(torch.float32), num_blocks),
-        base,
-        bits,
-        deltas,
-        scales,
-        layout.tile_block,
-        layout.tile_offset,
-        layout.block_tile,
-        tile_key,
-        layout.chunk_tile,
-        layout.block_chunk,
-    )
+    def composed(self, coef: Tensor, base: Tensor) -> Tensor:
+        """The sum, like base [P]; coef is (N, B) or (N, B, K), float32."""
+
+    def dots(self, grad: Tensor) -> Tensor:
+        """``<grad, delta_i>`` over each block or group, shaped like coef, for grad [P]."""
+
+
+def compose_with(composition: Composition, coef: Tensor, base: Tensor) -> Tensor:
+    """``composition.composed``, differentiable (in any order) in ``coef`` and ``base``."""
+    result: Tensor = _call(_Compose, composition, coef, base)
     return result
 
 
-def bank_coef_grad(
-    grad: Tensor,
-    deltas: Tensor,
-    num_vectors: int,
-    layout: Layout,
-    backend: str = "auto",
-    scales: Tensor | None = None,
-    bits: int = 0,
-    tile_key: Tensor | None = None,
-    groups: int = 0,
-) -> Tensor:
-    """``<grad, tau_i>`` over each block (N, B): what `bank_compose` hands back to ``coef``.
-
-    ``grad`` is an arena [P]; differentiable in it. With a ``tile_key``: (N, B, groups).
-    """
-    result: Tensor = _call(
-        _BankCoefGrad,
-        resolve(backend, grad.device.type, False),
-        num_vectors,
-        groups,
-        torch.float32,
-        grad,
-        bits,
-        deltas,
-        scales,
-        layout.tile_block,
-        layout.tile_offset,
-        layout.block_tile,
-        tile_key,
-        layout.chunk_tile,
-        layout.block_chunk,
-    )
+def dots_with(composition: Composition, grad: Tensor) -> Tensor:
+    """``composition.dots``, what `compose_with` hands back to ``coef``; differentiable."""
+    result: Tensor = _call(_Dots, composition, grad)
     return result
+
+
+def per_block(coef: Tensor, num_blocks: int) -> Tensor:
+    """A coefficient per block: coef (N,) as (N, B)."""
+    return coef if coef.dim() > 1 else coef.unsqueeze(1).expand(-1, num_blocks)
 
 
 def check_coef(
@@ -262,20 +221,9 @@ def _check_tensor(where: str, tensor: object) -> None:
         raise TypeError(f"{where} has layout {tensor.layout}, expected a dense (strided) tensor")
 
 
-def _accumulation_dtype(
-    base: Sequence[Tensor], deltas: Sequence[Sequence[Tensor | None]], coef: Tensor
-) -> torch.dtype:
+def _any_float64(base: Sequence[Tensor], deltas: Sequence[Sequence[Tensor | None]]) -> bool:
     tensors = (*base, *(delta for vector in deltas for delta in vector if delta is not None))
-    double = any(tensor.dtype == torch.float64 for tensor in tensors)
-    return torch.float64 if double else torch.float32
-
-
-def _is_transformed() -> bool:
-    """Whether a function transform (`vmap`, `torch.func.grad`) or a dispatch mode is at work."""
-    return (
-        torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._len_torch_dispatch_stack() > 0
-    )
+    return any(tensor.dtype == torch.float64 for tensor in tensors)
 
 
 def _call(function: Any, *args: Any) -> Any:
@@ -283,25 +231,19 @@ def _call(function: Any, *args: Any) -> Any:
 
     To PyTorch, applying a Function with a setup_context costs 80 microseconds: as much as a block.
     """
-    recorded = torch.compiler.is_compiling() or torch.is_grad_enabled() or _is_transformed()
+    recorded = torch.compiler.is_compiling() or torch.is_grad_enabled() or is_transformed()
     return function.apply(*args) if recorded else function.forward(*args)
 
 
-def _per_block(coef: Tensor, num_blocks: int) -> Tensor:
-    # After the conversion, so that the gradient is summed over blocks before it is rounded.
-    return coef if coef.dim() > 1 else coef.unsqueeze(1).expand(-1, num_blocks)
-
-
-class Batched(torch.autograd.Function):
+class _Batched(torch.autograd.Function):
     """A Function whose vmap is a loop: one composed model per sample is what was asked for."""
 
     @classmethod
-    def vmap(cls, info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
-        """PyTorch's rule."""
+    def vmap(cls, info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
         results = [
             cls.apply(
                 *(
-                    arg if dim is None else arg.select(dim, sample)
+                    arg.select(dim, sample) if isinstance(dim, int) else arg
                     for arg, dim in zip(args, in_dims, strict=True)
                 )
             )
@@ -313,75 +255,88 @@ class Batched(torch.autograd.Function):
         return stacked, (0,) * len(stacked)
 
 
-class _Compose(Batched):
-    """(backend, B, coef [N, B], *base [B], *deltas [N * B]) -> B composed blocks."""
+class _Compose(_Batched):
+    """(composition, coef, base [P]) -> composed [P]."""
 
     @staticmethod
-    def forward(backend: str, num_blocks: int, coef: Tensor, *tensors: Tensor) -> Any:
-        op = getattr(torch.ops, ops.namespace(backend)).compose
-        return tuple(op(tensors[:num_blocks], tensors[num_blocks:], coef.contiguous()))
+    def forward(composition: Composition, coef: Tensor, base: Tensor) -> Tensor:
+        return composition.composed(coef, base)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.backend, ctx.num_blocks, coef, *tensors = inputs
-        ctx.dtypes = tuple(block.dtype for block in tensors[: ctx.num_blocks])
-        ctx.save_for_backward(coef, *tensors[ctx.num_blocks :])
+        ctx.composition = inputs[0]
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        coef, *deltas = ctx.saved_tensors
-        needs = ctx.needs_input_grad[3:]
-        coef_grad = None
-        if ctx.needs_input_grad[2]:
-            # Dynamo cannot call a Function of variable length inside a backward, and a compiled
-            # backward is not differentiated again.
-            call = _CoefGrad.forward if torch.compiler.is_compiling() else _CoefGrad.apply
-            coef_grad = call(ctx.backend, ctx.num_blocks, coef.dtype, *grads, *deltas)
-        base_grads = [
-            grad if need else None
-            for grad, need in zip(grads, needs[: ctx.num_blocks], strict=True)
-        ]
-        delta_grads = _scaled(coef, grads, deltas, needs[ctx.num_blocks :])
-        return None, None, coef_grad, *base_grads, *delta_grads
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        coef_grad = _call(_Dots, ctx.composition, grad) if ctx.needs_input_grad[1] else None
+        return None, coef_grad, grad if ctx.needs_input_grad[2] else None
 
 
-class _ComposePlain(torch.autograd.Function):
-    """(backend, coef [N, B], deltas [N * B], *base [B]) -> B composed blocks.
+class _Dots(_Batched):
+    """(composition, grad [P]) -> coef's gradient."""
 
-    The deltas are one argument, hidden from autograd: they need no gradient.
+    @staticmethod
+    def forward(composition: Composition, grad: Tensor) -> Tensor:
+        return composition.dots(grad)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.composition, grad = inputs
+        ctx.numel, ctx.dtype = grad.numel(), grad.dtype
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        zeros = grad.new_zeros(ctx.numel, dtype=ctx.dtype)
+        return None, _call(_Compose, ctx.composition, grad, zeros)
+
+
+class _ComposeList(_Batched):
+    """(backend, B, hidden [N * B] or None, coef [N, B], *base [B], *deltas [N * B] if not hidden).
+
+    Gives B composed blocks. Hidden deltas, which need no gradient, are one argument to autograd.
     """
 
     @staticmethod
-    def forward(backend: str, coef: Tensor, deltas: list[Tensor], *base: Tensor) -> Any:
-        op = getattr(torch.ops, ops.namespace(backend)).compose
-        return tuple(op(base, deltas, coef.contiguous()))
+    def forward(
+        backend: str, num_blocks: int, hidden: list[Tensor] | None, coef: Tensor, *tensors: Tensor
+    ) -> Any:
+        base, deltas = tensors[:num_blocks], tensors[num_blocks:] if hidden is None else hidden
+        return tuple(operators(backend).compose(base, deltas, coef.contiguous()))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.backend, _, deltas, *base = inputs
-        ctx.num_blocks = len(base)
-        if ctx.needs_input_grad[1]:
-            ctx.save_for_backward(*deltas)
+        ctx.backend, ctx.num_blocks, hidden, coef, *tensors = inputs
+        if hidden is None:
+            ctx.save_for_backward(coef, *tensors[ctx.num_blocks :])
+        elif ctx.needs_input_grad[3]:
+            ctx.save_for_backward(coef, *hidden)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
+        needs = ctx.needs_input_grad[4:]
+        # Nothing is saved where only the base needs a gradient.
+        coef, *deltas = ctx.saved_tensors or (grads[0],)
         coef_grad = None
-        if ctx.needs_input_grad[1]:
-            differentiable = torch.is_grad_enabled() or _is_transformed()
-            call = _CoefGrad.apply if differentiable else _CoefGrad.forward
-            coef_grad = call(ctx.backend, ctx.num_blocks, torch.float32, *grads, *ctx.saved_tensors)
-        needs = ctx.needs_input_grad[3:]
-        base_grads = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
-        return None, coef_grad, None, *base_grads
+        if ctx.needs_input_grad[3]:
+            arguments = (ctx.backend, ctx.num_blocks, coef.dtype, *grads, *deltas)
+            # Dynamo cannot call a Function of variable length inside a backward, and a compiled
+            # backward is not differentiated again.
+            if torch.compiler.is_compiling():
+                coef_grad = _DotsList.forward(*arguments)
+            else:
+                coef_grad = _call(_DotsList, *arguments)
+        base_needs, delta_needs = needs[: ctx.num_blocks], needs[ctx.num_blocks :]
+        base_grads = [grad if need else None for grad, need in zip(grads, base_needs, strict=True)]
+        delta_grads = _scaled(coef, grads, deltas, delta_needs) if delta_needs else []
+        return None, None, None, coef_grad, *base_grads, *delta_grads
 
 
-class _CoefGrad(Batched):
+class _DotsList(_Batched):
     """(backend, B, dtype, *grads [B], *deltas [N * B]) -> <grad_b, delta_ib> [N, B]."""
 
     @staticmethod
     def forward(backend: str, num_blocks: int, dtype: torch.dtype, *tensors: Tensor) -> Any:
-        op = getattr(torch.ops, ops.namespace(backend)).coef_grad
-        return op(tensors[:num_blocks], tensors[num_blocks:], dtype)
+        return operators(backend).coef_grad(tensors[:num_blocks], tensors[num_blocks:], dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -395,7 +350,9 @@ class _CoefGrad(Batched):
         grad_grads: Sequence[Tensor | None] = [None] * ctx.num_blocks
         if any(needs[: ctx.num_blocks]):
             zeros = [torch.zeros_like(block) for block in grads]
-            grad_grads = _Compose.apply(ctx.backend, ctx.num_blocks, grad, *zeros, *deltas)
+            grad_grads = _ComposeList.apply(
+                ctx.backend, ctx.num_blocks, None, grad, *zeros, *deltas
+            )
         delta_grads = _scaled(grad, grads, deltas, needs[ctx.num_blocks :])
         return None, None, None, *grad_grads, *delta_grads
 
@@ -410,122 +367,3 @@ def _scaled(
         product = coef[i, b] * grads[b].to(coef.dtype) if need else None
         scaled.append(None if product is None else product.to(delta.dtype))
     return scaled
-
-
-class _BankCompose(Batched):
-    """(backend, coef [N, B] or [N, B, K], base [P], bits, deltas, scales, *tables) -> composed [P].
-
-    The tables are those of `Layout`, with the key of every tile, or None, before those of chunks.
-    """
-
-    @staticmethod
-    def forward(
-        backend: str,
-        coef: Tensor,
-        base: Tensor,
-        bits: int,
-        deltas: Tensor,
-        scales: Tensor | None,
-        tile_block: Tensor,
-        tile_offset: Tensor,
-        block_tile: Tensor,
-        tile_key: Tensor | None,
-        chunk_tile: Tensor,
-        block_chunk: Tensor,
-    ) -> Tensor:
-        ops_of = getattr(torch.ops, ops.namespace(backend))
-        base, coef = base.contiguous(), coef.contiguous()
-        composed: Tensor
-        if tile_key is not None:
-            composed = ops_of.partition_compose(
-                base, deltas, scales, bits, coef, tile_block, tile_offset, tile_key
-            )
-        elif bits:
-            composed = ops_of.packed_compose(
-                base, deltas, scales, bits, coef, tile_block, tile_offset
-            )
-        else:
-            composed = ops_of.bank_compose(base, deltas, coef, tile_block, tile_offset)
-        return composed
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.backend, coef, _, ctx.bits, *tensors = inputs
-        ctx.num_vectors, ctx.dtype = coef.shape[0], coef.dtype
-        ctx.groups = coef.shape[2] if coef.dim() == 3 else 0
-        ctx.save_for_backward(*tensors)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        coef_grad = None
-        if ctx.needs_input_grad[1]:
-            coef_grad = _call(
-                _BankCoefGrad,
-                ctx.backend,
-                ctx.num_vectors,
-                ctx.groups,
-                ctx.dtype,
-                grad,
-                ctx.bits,
-                *ctx.saved_tensors,
-            )
-        base_grad = grad if ctx.needs_input_grad[2] else None
-        return None, coef_grad, base_grad, *(None,) * 9
-
-
-class _BankCoefGrad(Batched):
-    """(backend, N, K or 0, dtype, grad [P], bits, deltas, scales, *tables) -> coef's gradient."""
-
-    @staticmethod
-    def forward(
-        backend: str,
-        num_vectors: int,
-        groups: int,
-        dtype: torch.dtype,
-        grad: Tensor,
-        bits: int,
-        deltas: Tensor,
-        scales: Tensor | None,
-        tile_block: Tensor,
-        tile_offset: Tensor,
-        block_tile: Tensor,
-        tile_key: Tensor | None,
-        chunk_tile: Tensor,
-        block_chunk: Tensor,
-    ) -> Tensor:
-        ops_of = getattr(torch.ops, ops.namespace(backend))
-        grad, tables = grad.contiguous(), (tile_block, tile_offset, block_tile)
-        result: Tensor
-        if tile_key is not None:
-            result = ops_of.partition_coef_grad(
-                grad,
-                deltas,
-                scales,
-                bits,
-                tile_offset,
-                tile_key,
-                chunk_tile,
-                block_chunk,
-                num_vectors,
-                groups,
-                dtype,
-            )
-        elif bits:
-            result = ops_of.packed_coef_grad(
-                grad, deltas, scales, bits, *tables, num_vectors, dtype
-            )
-        else:
-            result = ops_of.bank_coef_grad(grad, deltas, *tables, num_vectors, dtype)
-        return result
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.backend, _, _, _, grad, ctx.bits, *tensors = inputs
-        ctx.grad_dtype, ctx.numel = grad.dtype, grad.numel()
-        ctx.save_for_backward(*tensors)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        zeros = grad.new_zeros(ctx.numel, dtype=ctx.grad_dtype)
-        composed = _call(_BankCompose, ctx.backend, grad, zeros, ctx.bits, *ctx.saved_tensors)
-        return *(None,) * 4, composed, *(None,) * 9

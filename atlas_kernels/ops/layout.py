@@ -100,17 +100,20 @@ class Layout:
         """P: elements of one arena row, padding included."""
         return self.offsets[-1]
 
+    @property
+    def tables(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """All five, in the order of `arena.Arena`."""
+        return (
+            self.tile_block,
+            self.tile_offset,
+            self.block_tile,
+            self.chunk_tile,
+            self.block_chunk,
+        )
+
     def to(self, device: torch.device | str) -> Layout:
         """The same layout with its tables on `device`."""
-        return Layout(
-            self.shapes,
-            self.offsets,
-            self.tile_block.to(device),
-            self.tile_offset.to(device),
-            self.block_tile.to(device),
-            self.chunk_tile.to(device),
-            self.block_chunk.to(device),
-        )
+        return Layout(self.shapes, self.offsets, *(table.to(device) for table in self.tables))
 
     def split(self, flat: Tensor) -> tuple[Tensor, ...]:
         """Views of the blocks in a flat arena row [P].

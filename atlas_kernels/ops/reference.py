@@ -11,11 +11,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from .arena import Arena
 from .codecs.packed import GROUP, levels
 from .groups import group_of, slots, sum_groups
 from .layout import TILE, pieces
@@ -52,192 +54,108 @@ def coef_grad(grads: Sequence[Tensor], deltas: Sequence[Tensor], dtype: torch.dt
     return result
 
 
-def bank_compose(
-    base: Tensor, deltas: Tensor, coef: Tensor, tile_block: Tensor, tile_offset: Tensor
-) -> Tensor:
-    """The same on arenas: base [P], deltas [N * P], tables as in `layout`. Returns [P]."""
-    num_vectors = coef.shape[0]
+def arena_compose(base: Tensor, *arguments: Any) -> Tensor:
+    """The same on an arena: base [P] and an `Arena`, then coef (N, B), gives [P].
+
+    The scale of a group of packed deltas is multiplied into the coefficient first, and that product
+    is rounded: base + sum_i (coef[i, b] * scale) * level. With a ``tile_key`` coef is (N, B, K):
+    base[e] + sum_i coef[i, b, group(e)] * delta_i[e].
+    """
+    *fields, coef = arguments
+    arena = Arena(*fields)
     composed = torch.empty_like(base)
-    for b, start, end in _blocks(tile_block, tile_offset):
-        length = end - start
-        rows = deltas[num_vectors * start : num_vectors * end]
-        for target, source, delta in zip(
-            pieces(composed[start:end], length),
-            pieces(base[start:end], length),
-            pieces(rows, length, num_vectors),
+    for b, start, end in _blocks(arena):
+        for target, source, row, group in zip(
+            pieces(composed[start:end], end - start),
+            pieces(base[start:end], end - start),
+            _rows(arena, start, end, coef.shape[0]),
+            _groups(arena, b, end - start, coef.shape[-1]),
             strict=True,
         ):
             total = source[:, 0].to(coef.dtype, copy=True)
-            for i in range(num_vectors):
-                total += coef[i, b] * delta[:, i].to(coef.dtype)
-            target[:, 0] = total.to(base.dtype)
-    return composed
-
-
-def bank_coef_grad(
-    grad: Tensor,
-    deltas: Tensor,
-    tile_block: Tensor,
-    tile_offset: Tensor,
-    block_tile: Tensor,
-    num_vectors: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    """<grad, tau_i> over each block of the arenas grad [P], deltas [N * P]: (N, B) in `dtype`."""
-    result = torch.zeros(num_vectors, block_tile.numel() - 1, dtype=dtype, device=grad.device)
-    for b, start, end in _blocks(tile_block, tile_offset):
-        length = end - start
-        rows = deltas[num_vectors * start : num_vectors * end]
-        for wide, delta in zip(
-            pieces(grad[start:end], length), pieces(rows, length, num_vectors), strict=True
-        ):
-            for i in range(num_vectors):
-                product = wide[:, 0].to(dtype) * delta[:, i].to(dtype)
-                result[i, b] += tree_sum(product.flatten())
-    return result
-
-
-def packed_compose(
-    base: Tensor,
-    words: Tensor,
-    scales: Tensor,
-    bits: int,
-    coef: Tensor,
-    tile_block: Tensor,
-    tile_offset: Tensor,
-) -> Tensor:
-    """The same with packed deltas: words int32, scales bfloat16 (see `codecs.packed`).
-
-    The scale of a group is multiplied into the coefficient first, and that product is rounded:
-    base + sum_i (coef[i, b] * scale) * level.
-    """
-    num_vectors = coef.shape[0]
-    composed = torch.empty_like(base)
-    for b, start, end in _blocks(tile_block, tile_offset):
-        targets = pieces(composed[start:end], end - start)
-        sources = pieces(base[start:end], end - start)
-        rows = _packed_rows(words, scales, bits, start, end, num_vectors)
-        for target, source, (level, scale) in zip(targets, sources, rows, strict=True):
-            total = source[:, 0].to(coef.dtype, copy=True)
-            for i in range(num_vectors):
-                factor = coef[i, b] * scale[:, i].to(coef.dtype)
-                total += factor.repeat_interleave(GROUP, 1) * level(i).to(coef.dtype)
-            target[:, 0] = total.to(base.dtype)
-    return composed
-
-
-def packed_coef_grad(
-    grad: Tensor,
-    words: Tensor,
-    scales: Tensor,
-    bits: int,
-    tile_block: Tensor,
-    tile_offset: Tensor,
-    block_tile: Tensor,
-    num_vectors: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    """<grad, tau_i> over each block with packed deltas: (N, B) in `dtype`.
-
-    Summed within groups of one scale first: sum_groups scale * <grad, level>.
-    """
-    result = torch.zeros(num_vectors, block_tile.numel() - 1, dtype=dtype, device=grad.device)
-    for b, start, end in _blocks(tile_block, tile_offset):
-        wides = pieces(grad[start:end], end - start)
-        rows = _packed_rows(words, scales, bits, start, end, num_vectors)
-        for wide, (level, scale) in zip(wides, rows, strict=True):
-            for i in range(num_vectors):
-                product = wide[:, 0].to(dtype) * level(i).to(dtype)
-                sums = product.unflatten(1, (-1, GROUP)).sum(2)
-                result[i, b] += tree_sum((sums * scale[:, i].to(dtype)).flatten())
-    return result
-
-
-def partition_compose(
-    base: Tensor,
-    deltas: Tensor,
-    scales: Tensor | None,
-    bits: int,
-    coef: Tensor,
-    tile_block: Tensor,
-    tile_offset: Tensor,
-    tile_key: Tensor,
-) -> Tensor:
-    """base[e] + sum_i coef[i, b, group(e)] * delta_i[e] on arenas of any codec (see `partition`).
-
-    coef: (N, B, K).  tile_key: int32 [T].  Rounded like `bank_compose` and `packed_compose`.
-    """
-    num_vectors, _, groups = coef.shape
-    composed = torch.empty_like(base)
-    for b, start, end in _blocks(tile_block, tile_offset):
-        keys = tile_key[tile_block == b]
-        targets = pieces(composed[start:end], end - start)
-        sources = pieces(base[start:end], end - start)
-        rows = _rows(deltas, scales, bits, start, end, num_vectors)
-        for target, source, row in zip(targets, sources, rows, strict=True):
-            here, keys = keys[: len(target)], keys[len(target) :]
-            group = group_of(slots(here, target.shape[-1]), groups)
-            total = source[:, 0].to(coef.dtype, copy=True)
-            for i in range(num_vectors):
+            for i in range(coef.shape[0]):
                 value, scale = row(i, coef.dtype)
-                factor = coef[i, b][group]
+                factor = coef[i, b] if group is None else coef[i, b][group]
                 total += (factor if scale is None else factor * scale) * value
             target[:, 0] = total.to(base.dtype)
     return composed
 
 
-def partition_coef_grad(
-    grad: Tensor,
-    deltas: Tensor,
-    scales: Tensor | None,
-    bits: int,
-    tile_offset: Tensor,
-    tile_key: Tensor,
-    chunk_tile: Tensor,
-    block_chunk: Tensor,
-    num_vectors: int,
-    groups: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    """<grad, tau_i> over the elements of each group of each block: (N, B, K) in `dtype`.
+def arena_coef_grad(grad: Tensor, *arguments: Any) -> Tensor:
+    """<grad, tau_i> over each block of an arena: grad [P] and an `Arena`, then N, K and a dtype.
 
-    Products are added slot by slot over the tiles of a block, then slots over a group.
+    (N, B) in that dtype. With a ``tile_key`` (N, B, K): products are added slot by slot over the
+    tiles of a block, then slots over a group. Packed deltas without one are summed within groups of
+    one scale first: sum_groups scale * <grad, level>.
     """
-    num_blocks = block_chunk.numel() - 1
-    result = torch.zeros(num_vectors, num_blocks, groups, dtype=dtype, device=grad.device)
-    bounds = chunk_tile[block_chunk.long()].tolist()
-    for b, (first, last) in enumerate(pairwise(bounds)):
-        start, end = int(tile_offset[first]), int(tile_offset[last])
-        keys = tile_key[first:last]
-        wides = pieces(grad[start:end], end - start)
-        rows = _rows(deltas, scales, bits, start, end, num_vectors)
+    *fields, num_vectors, num_groups, dtype = arguments
+    arena = Arena(*fields)
+    groups = () if arena.tile_key is None else (num_groups,)
+    shape = (num_vectors, arena.num_blocks, *groups)
+    result = torch.zeros(shape, dtype=dtype, device=grad.device)
+    for b, start, end in _blocks(arena):
         by_slot = result.new_zeros(num_vectors, TILE)
-        for wide, row in zip(wides, rows, strict=True):
-            here, keys = keys[: len(wide)], keys[len(wide) :]
-            slot = slots(here, wide.shape[-1])
+        for wide, row, slot in zip(
+            pieces(grad[start:end], end - start),
+            _rows(arena, start, end, num_vectors),
+            _slots(arena, b, end - start),
+            strict=True,
+        ):
             for i in range(num_vectors):
                 value, scale = row(i, dtype)
-                product = wide[:, 0].to(dtype) * (value if scale is None else scale * value)
-                by_slot[i] += result.new_zeros(len(wide), TILE).scatter_(1, slot, product).sum(0)
-        for i in range(num_vectors):
-            result[i, b] = sum_groups(by_slot[i], groups)
+                factor = wide[:, 0].to(dtype)
+                if slot is not None:
+                    product = factor * (value if scale is None else scale * value)
+                    spread = result.new_zeros(len(wide), TILE).scatter_(1, slot, product)
+                    by_slot[i] += spread.sum(0)
+                elif scale is None:
+                    result[i, b] += tree_sum((factor * value).flatten())
+                else:
+                    sums = (factor * value).unflatten(1, (-1, GROUP)).sum(2)
+                    result[i, b] += tree_sum((sums * scale[:, ::GROUP]).flatten())
+        if arena.tile_key is not None:
+            for i in range(num_vectors):
+                result[i, b] = sum_groups(by_slot[i], num_groups)
     return result
 
 
+def _slots(arena: Arena, block: int, length: int) -> Iterator[Tensor | None]:
+    """For each piece of a block: the slots [tiles, elements] of its elements, if there are any."""
+    if arena.tile_key is None:
+        yield from [None] * len(pieces(torch.empty(length, device="meta"), length))
+        return
+    keys = arena.tile_key[arena.tile_block == block]
+    for piece in pieces(torch.empty(length, device="meta"), length):
+        here, keys = keys[: len(piece)], keys[len(piece) :]
+        yield slots(here, piece.shape[-1])
+
+
+def _groups(arena: Arena, block: int, length: int, num_groups: int) -> Iterator[Tensor | None]:
+    """The same for the groups of elements."""
+    for slot in _slots(arena, block, length):
+        yield None if slot is None else group_of(slot, num_groups)
+
+
 def _rows(
-    deltas: Tensor, scales: Tensor | None, bits: int, start: int, end: int, num_vectors: int
+    arena: Arena, start: int, end: int, num_vectors: int
 ) -> Iterator[Callable[[int, torch.dtype], tuple[Tensor, Tensor | None]]]:
     """For each piece of a block: i and dtype to its values, and their scales if they have any.
 
-    Both [tiles, elements].
+    Both [tiles, elements]. Decoded one vector at a time, so that a bank is never expanded.
     """
-    if scales is None:
-        dense = deltas[num_vectors * start : num_vectors * end]
-        for piece in pieces(dense, end - start, num_vectors):
+    length = end - start
+
+    def region(items: Tensor, numerator: int, denominator: int) -> list[Tensor]:
+        first, last = (num_vectors * at * numerator // denominator for at in (start, end))
+        return pieces(items[first:last], length, num_vectors)
+
+    if arena.scales is None:
+        for piece in region(arena.deltas, 1, 1):
             yield partial(_dense_row, piece)
     else:
-        for level, scale in _packed_rows(deltas, scales, bits, start, end, num_vectors):
-            yield partial(_packed_row, level, scale)
+        words, scales = region(arena.deltas, arena.bits, 32), region(arena.scales, 1, GROUP)
+        for word, scale in zip(words, scales, strict=True):
+            yield partial(_packed_row, word, scale, arena.bits)
 
 
 def _dense_row(piece: Tensor, vector: int, dtype: torch.dtype) -> tuple[Tensor, None]:
@@ -245,34 +163,10 @@ def _dense_row(piece: Tensor, vector: int, dtype: torch.dtype) -> tuple[Tensor, 
 
 
 def _packed_row(
-    level: Callable[[int], Tensor], scale: Tensor, vector: int, dtype: torch.dtype
+    words: Tensor, scales: Tensor, bits: int, vector: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    return level(vector).to(dtype), scale[:, vector].to(dtype).repeat_interleave(GROUP, 1)
-
-
-def _packed_rows(
-    words: Tensor, scales: Tensor, bits: int, start: int, end: int, num_vectors: int
-) -> Iterator[tuple[Callable[[int], Tensor], Tensor]]:
-    """For each piece of a block: i to the levels [tiles, elements], and scales [tiles, N, groups].
-
-    Decoded one vector at a time, so that a bank is never expanded.
-    """
-
-    def region(items: Tensor, elements_per_item: int, numerator: int = 1) -> Tensor:
-        first = num_vectors * start * numerator // elements_per_item
-        return items[first : num_vectors * end * numerator // elements_per_item]
-
-    length = end - start
-    for word, scale in zip(
-        pieces(region(words, 32, bits), length, num_vectors),
-        pieces(region(scales, GROUP), length, num_vectors),
-        strict=True,
-    ):
-        yield partial(_levels_of, word, bits), scale
-
-
-def _levels_of(words: Tensor, bits: int, vector: int) -> Tensor:
-    return levels(words[:, vector], bits)
+    scale = scales[:, vector].to(dtype).repeat_interleave(GROUP, 1)
+    return levels(words[:, vector], bits).to(dtype), scale
 
 
 def tree_sum(values: Tensor) -> Tensor:
@@ -286,13 +180,12 @@ def tree_sum(values: Tensor) -> Tensor:
     return values.sum()
 
 
-def _blocks(tile_block: Tensor, tile_offset: Tensor) -> Iterator[tuple[int, int, int]]:
+def _blocks(arena: Arena) -> Iterator[tuple[int, int, int]]:
     """(block, first element, end) of every block that has elements."""
-    blocks, counts = torch.unique_consecutive(tile_block, return_counts=True)
-    first = 0
-    for b, count in zip(blocks.tolist(), counts.tolist(), strict=True):
-        yield b, int(tile_offset[first]), int(tile_offset[first + count])
-        first += count
+    bounds = arena.tile_offset[arena.block_tile.long()].tolist()
+    for block, (start, end) in enumerate(pairwise(bounds)):
+        if end > start:
+            yield block, start, end
 
 
 def _device(tensors: Sequence[Tensor]) -> torch.device:

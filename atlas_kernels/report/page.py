@@ -128,7 +128,7 @@ def write_report(records: Records, folder: Path) -> Path:
     """
     from jinja2 import Environment, PackageLoader
 
-    environment = Environment(loader=PackageLoader("atlas_kernels.experiments"), autoescape=True)
+    environment = Environment(loader=PackageLoader("atlas_kernels.report"), autoescape=True)
     suite = records.suite
     page = environment.get_template("report.html.j2").render(
         suite=suite,

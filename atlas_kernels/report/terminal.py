@@ -5,6 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from ..files import printable
+
 
 def print_table(
     columns: Sequence[str],
@@ -14,7 +20,7 @@ def print_table(
     numbers: int = 0,
     sections: Sequence[int] = (),
 ) -> None:
-    """Prints a table; without rich, which is an extra, in plain aligned columns.
+    """Prints a table.
 
     Args:
         columns: headings.
@@ -23,12 +29,6 @@ def print_table(
         numbers: how many of the last columns are aligned to the right.
         sections: indices of rows with a line below them.
     """
-    try:
-        from rich.console import Console
-        from rich.table import Table
-    except ImportError:
-        _print_plain(columns, rows, title)
-        return
     table = Table(title=title or None, title_justify="left", title_style="bold")
     for index, heading in enumerate(columns):
         number = index >= len(columns) - numbers
@@ -36,8 +36,8 @@ def print_table(
             heading, justify="right" if number else "left", no_wrap=number, overflow="fold"
         )
     for index, row in enumerate(rows):
-        # As plain text: a name with [brackets] is not markup.
-        table.add_row(*(_escaped(text) for text in row), end_section=index in sections)
+        # As plain text: a name with [brackets] is not markup, nor one with colours a colour.
+        table.add_row(*(escape(printable(text)) for text in row), end_section=index in sections)
     # A pipe has no width; 120 columns keep the rows whole.
     Console(width=None if sys.stdout.isatty() else 120, highlight=False).print(table)
 
@@ -49,17 +49,3 @@ def size(count: float) -> str:
             return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     raise AssertionError("unreachable")
-
-
-def _escaped(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
-
-
-def _print_plain(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str) -> None:
-    if title:
-        print(title)
-    widths = [max(len(row[i]) for row in [columns, *rows]) for i in range(len(columns))]
-    for row in [columns, *rows]:
-        print("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)))

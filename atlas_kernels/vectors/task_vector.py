@@ -130,7 +130,7 @@ class TaskVector:
         """A LoRA adapter that PEFT saved: ``deltas[module + ".weight"] = scale * B @ A``.
 
         The deltas stay factors. The base is unknown: names and shapes are compared when a bank is
-        packed. See `atlas_kernels.peft` for what is read.
+        packed. See `vectors.peft` for what is read.
 
         Args:
             folder: holds ``adapter_config.json`` and ``adapter_model.safetensors``.

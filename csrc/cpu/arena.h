@@ -1,6 +1,8 @@
 // What the operators on arenas share: the walk over the tiles of atlas_kernels/ops/layout.py.
 #pragma once
 
+#include <optional>
+
 #include "common.h"
 #include "dispatch.h"
 #include "memory.h"
@@ -59,38 +61,63 @@ class Arena {
   const int64_t* offset_;
 };
 
-// Words [N * P * bits / 32] and scales [N * P / kGroup] of an arena of P elements.
-class Packed {
+// Deltas of an arena of P elements: [N * P] in floating point, or words [N * P * bits / 32] with
+// scales [N * P / kGroup].
+class Stored {
  public:
-  Packed(const Tensor& words, const Tensor& scales, int64_t bits, int64_t num_vectors,
+  Stored(TensorRef deltas, const std::optional<Tensor>& scales, int64_t bits, int64_t num_vectors,
          int64_t numel)
-      : bits_(bits), num_vectors_(num_vectors) {
+      : items_(deltas.data()), bits_(bits), num_vectors_(num_vectors) {
+    STD_TORCH_CHECK(deltas.is_contiguous() && (!scales || scales->is_contiguous()),
+                    "arenas and tables must be contiguous");
+    if (!scales) {
+      STD_TORCH_CHECK(bits == 0, "expected scales of deltas of ", bits, " bits");
+      STD_TORCH_CHECK(deltas.numel() == num_vectors * numel,
+                      "expected deltas of shape [N * P] for arenas of shape [P]");
+      dtype_ = deltas.dtype<DType>();
+      return;
+    }
     STD_TORCH_CHECK((bits >= 1 && bits <= 4) || bits == 8, "expected 1, 2, 3, 4 or 8 bits, got ",
                     bits);
-    STD_TORCH_CHECK(
-        words.scalar_type() == ScalarType::Int && scales.scalar_type() == ScalarType::BFloat16,
-        "expected words in int32 and scales in bfloat16");
-    STD_TORCH_CHECK(words.is_contiguous() && scales.is_contiguous(),
-                    "arenas and tables must be contiguous");
-    STD_TORCH_CHECK(words.numel() * 32 == num_vectors * numel * bits,
+    STD_TORCH_CHECK(deltas.dtype_code() == aoti_torch_dtype_int32() &&
+                        scales->scalar_type() == ScalarType::BFloat16,
+                    "expected words in int32 and scales in bfloat16");
+    STD_TORCH_CHECK(deltas.numel() * 32 == num_vectors * numel * bits,
                     "expected words of shape [N * P * bits / 32] for arenas of shape [P]");
-    STD_TORCH_CHECK(scales.numel() * kGroup == num_vectors * numel,
+    STD_TORCH_CHECK(scales->numel() * kGroup == num_vectors * numel,
                     "expected scales of shape [N * P / ", kGroup, "] for arenas of shape [P]");
-    words_ = static_cast<const uint32_t*>(words.const_data_ptr());
-    scales_ = static_cast<const uint16_t*>(scales.const_data_ptr());
+    scales_ = static_cast<const uint16_t*>(scales->const_data_ptr());
   }
 
-  int64_t unit() const { return unit_of(bits_); }
+  bool packed() const { return bits_ != 0; }
+  int64_t unit() const { return bits_ == 0 ? 1 : unit_of(bits_); }
 
-  PackedRows rows(const Tile& tile) const {
+  StoredRows rows(const Tile& tile) const {
     const int64_t start = num_vectors_ * tile.start;
-    return {words_ + start * bits_ / 32, scales_ + start / kGroup, bits_, num_vectors_};
+    if (!packed()) return {items_ + start * size_of(dtype_), nullptr, 0, dtype_, num_vectors_};
+    return {items_ + start * bits_ / 8, scales_ + start / kGroup, bits_, dtype_, num_vectors_};
+  }
+
+  PackedRows packed_rows(const Tile& tile) const {
+    const StoredRows its = rows(tile);
+    return {static_cast<const uint32_t*>(its.items), its.scales, its.bits, its.count};
+  }
+
+  // The same as one row per vector.
+  void rows(const Tile& tile, std::vector<Row>& rows) const {
+    const StoredRows its = this->rows(tile);
+    rows.resize(num_vectors_);
+    for (int64_t i = 0; i < num_vectors_; ++i) {
+      const char* items = static_cast<const char*>(its.items);
+      rows[i] = {items + i * tile.length * size_of(dtype_), 0.0f, dtype_, i};
+    }
   }
 
  private:
+  const char* items_;
+  const uint16_t* scales_ = nullptr;
+  DType dtype_ = DType::kFloat32;
   int64_t bits_, num_vectors_;
-  const uint32_t* words_;
-  const uint16_t* scales_;
 };
 
 // The entries of tile_block, checked.
@@ -113,46 +140,6 @@ inline std::vector<int64_t> bounds_of(const Tensor& table, int64_t end, const ch
                       std::is_sorted(bounds.begin(), bounds.end()),
                   message);
   return bounds;
-}
-
-// Calls kernel(tile, dtype, coefficients of its block, where the result goes, stream) for every
-// tile; returns the composed arena.
-template <class Kernel>
-Tensor compose_arena(const Tensor& base, const Tensor& coef, const Tensor& tile_block,
-                     const Tensor& tile_offset, int64_t unit, Kernel kernel) {
-  check_float32(coef.scalar_type());
-  STD_TORCH_CHECK(coef.dim() == 2 && coef.is_contiguous(),
-                  "expected contiguous coef of shape (N, B)");
-  const int64_t num_vectors = coef.size(0), num_blocks = coef.size(1);
-  const Arena arena(base, tile_offset, num_vectors, unit);
-  const int32_t* block = blocks_of(tile_block, arena, num_blocks);
-  const DType dtype = arena.dtype();
-  const int64_t output = base.numel() * size_of(dtype);
-  expect_outputs(output);
-  Tensor composed = empty_output(base);
-  char* out = static_cast<char*>(composed.mutable_data_ptr());
-  const bool stream = output >= kStream;
-  const float* coefs = coef.const_data_ptr<float>();
-  arena.for_each_tile([=, column = std::vector<float>(num_vectors)](const Tile& tile) mutable {
-    for (int64_t i = 0; i < num_vectors; ++i) column[i] = coefs[i * num_blocks + block[tile.index]];
-    kernel(tile, dtype, column.data(), out + tile.start * size_of(dtype), stream);
-  });
-  return composed;
-}
-
-// Calls kernel(tile, dtype, where the N results go) for every tile; returns their sums (N, B).
-template <class Kernel>
-Tensor dot_arena(const Tensor& grad, const Tensor& tile_offset, const Tensor& block_tile,
-                 int64_t num_vectors, ScalarType dtype, int64_t unit, Kernel kernel) {
-  check_float32(dtype);
-  const Arena arena(grad, tile_offset, num_vectors, unit);
-  const auto tiles = bounds_of(block_tile, arena.tiles(), "block_tile does not fit tile_offset");
-  std::vector<float> partials(arena.tiles() * num_vectors);
-  float* results = partials.data();
-  const DType wide = arena.dtype();
-  arena.for_each_tile(
-      [=](const Tile& tile) mutable { kernel(tile, wide, results + tile.index * num_vectors); });
-  return sum_tiles(grad, partials, tiles, num_vectors);
 }
 
 }  // namespace atlas

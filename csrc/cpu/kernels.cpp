@@ -2,8 +2,8 @@
 #include "kernels.h"
 
 #include "dense.h"
+#include "groups.h"
 #include "packed.h"
-#include "partition.h"
 
 namespace atlas {
 namespace ATLAS_CAPABILITY {
@@ -18,8 +18,8 @@ void fence() {
 }  // namespace
 
 extern const Kernels kernels = {
-    compose_tile,       dot_tile, packed_compose_tile, packed_dot_tile, partition_compose_tile,
-    partition_dot_tile, fence};
+    compose_tile,   dot_tile, packed_compose_tile, packed_dot_tile, group_compose_tile,
+    group_dot_tile, fence};
 
 }  // namespace ATLAS_CAPABILITY
 }  // namespace atlas

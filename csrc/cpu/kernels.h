@@ -77,11 +77,11 @@ struct Kernels {
                           float* result);
   // For either kind and a `length` of whole lanes or units:
   // out[e] = base[e] + sum over rows i of coef[i, group(e)] * data[e].
-  void (*partition_compose_tile)(const void* base, void* out, DType dtype, const StoredRows& rows,
-                                 const GroupedCoef& coef, uint32_t key, int64_t length);
+  void (*group_compose_tile)(const void* base, void* out, DType dtype, const StoredRows& rows,
+                             const GroupedCoef& coef, uint32_t key, int64_t length);
   // by_slot[i * kTile + slot(e)] += grad[e] * data[e] of row first + i, for all i < count.
-  void (*partition_dot_tile)(const void* grad, DType dtype, const StoredRows& rows, int64_t first,
-                             int64_t count, uint32_t key, int64_t length, float* by_slot);
+  void (*group_dot_tile)(const void* grad, DType dtype, const StoredRows& rows, int64_t first,
+                         int64_t count, uint32_t key, int64_t length, float* by_slot);
   // Orders streamed stores before everything that follows.
   void (*fence)();
 };

@@ -6,6 +6,8 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <type_traits>
+
 #include "kernels.h"
 
 namespace atlas_kernels {
@@ -110,6 +112,35 @@ __device__ __forceinline__ void sum_over_block(int num_vectors, const Dot& dot,
   }
 }
 
+// The kernel that `pick` instantiates for a run-time dtype, or number of bits.
+template <typename Pick>
+auto for_dtype(Dtype dtype, const Pick& pick) {
+  switch (dtype) {
+    case Dtype::kBFloat16:
+      return pick(std::integral_constant<Dtype, Dtype::kBFloat16>{});
+    case Dtype::kFloat16:
+      return pick(std::integral_constant<Dtype, Dtype::kFloat16>{});
+    default:
+      return pick(std::integral_constant<Dtype, Dtype::kFloat32>{});
+  }
+}
+
+template <typename Pick>
+auto for_bits(int bits, const Pick& pick) {
+  switch (bits) {
+    case 1:
+      return pick(std::integral_constant<int, 1>{});
+    case 2:
+      return pick(std::integral_constant<int, 2>{});
+    case 3:
+      return pick(std::integral_constant<int, 3>{});
+    case 4:
+      return pick(std::integral_constant<int, 4>{});
+    default:
+      return pick(std::integral_constant<int, 8>{});
+  }
+}
+
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), int64_t num_blocks, int num_threads,
                    cudaStream_t stream, const Arguments&... arguments) {
@@ -118,6 +149,18 @@ cudaError_t launch(void (*kernel)(Parameters...), int64_t num_blocks, int num_th
   config.blockDim = dim3(static_cast<unsigned>(num_threads));
   config.stream = stream;
   return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
+// Both stages of an arena's gradient: partial sums of every tile, then their sums over blocks.
+template <typename AnyBank>
+cudaError_t arena_stages(void (*kernel)(AnyBank, float*), int num_threads, const AnyBank& bank,
+                         const int32_t* block_tile, float* partials, float* coef_grad,
+                         cudaStream_t stream) {
+  if (bank.num_vectors * bank.num_tiles > 0) {
+    const cudaError_t error = launch(kernel, bank.num_tiles, num_threads, stream, bank, partials);
+    if (error != cudaSuccess) return error;
+  }
+  return arena_total(bank, block_tile, partials, coef_grad, stream);
 }
 
 }  // namespace atlas_kernels

@@ -88,7 +88,7 @@ __device__ __forceinline__ float sum_partials(const float* partials, int count) 
 
 template <Dtype kDelta>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
-    bank_compose_kernel(const Bank bank, const float* coef, void* composed) {
+    arena_compose_kernel(const Bank bank, const float* coef, void* composed) {
   const Tile<Interleaved<kDelta>> tile = tile_of<kDelta>(bank, blockIdx.x);
   const OfBlock coefs = {coef + bank.tile_block[blockIdx.x], bank.num_blocks};
   const Dtype dtype = bank.source.dtype;
@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
 
 template <Dtype kDelta>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
-    bank_partials_kernel(const Bank bank, float* partials) {
+    arena_partials_kernel(const Bank bank, float* partials) {
   __shared__ WarpSums<kWarps> warp_sums;
   const Tile<Interleaved<kDelta>> tile = tile_of<kDelta>(bank, blockIdx.x);
   if (is_full(tile)) {
@@ -114,8 +114,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
 
 // One warp per vector and block.
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
-    bank_total_kernel(const float* partials, const int32_t* block_tile, int64_t num_tiles,
-                      int64_t num_blocks, int64_t count, float* coef_grad) {
+    arena_total_kernel(const float* partials, const int32_t* block_tile, int64_t num_tiles,
+                       int64_t num_blocks, int64_t count, float* coef_grad) {
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;
   if (index >= count) return;
   const int64_t i = index / num_blocks;
@@ -202,54 +202,16 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   }
 }
 
-using BankComposeKernel = void (*)(Bank, const float*, void*);
-using BankPartialsKernel = void (*)(Bank, float*);
 using TableKernel = void (*)(Table);
-
-BankComposeKernel bank_compose_of(Dtype delta) {
-  switch (delta) {
-    case Dtype::kBFloat16:
-      return bank_compose_kernel<Dtype::kBFloat16>;
-    case Dtype::kFloat16:
-      return bank_compose_kernel<Dtype::kFloat16>;
-    default:
-      return bank_compose_kernel<Dtype::kFloat32>;
-  }
-}
-
-BankPartialsKernel bank_partials_of(Dtype delta) {
-  switch (delta) {
-    case Dtype::kBFloat16:
-      return bank_partials_kernel<Dtype::kBFloat16>;
-    case Dtype::kFloat16:
-      return bank_partials_kernel<Dtype::kFloat16>;
-    default:
-      return bank_partials_kernel<Dtype::kFloat32>;
-  }
-}
 
 TableKernel compose_of(bool alike, Dtype delta) {
   if (!alike) return compose_kernel<false, Dtype::kFloat32>;
-  switch (delta) {
-    case Dtype::kBFloat16:
-      return compose_kernel<true, Dtype::kBFloat16>;
-    case Dtype::kFloat16:
-      return compose_kernel<true, Dtype::kFloat16>;
-    default:
-      return compose_kernel<true, Dtype::kFloat32>;
-  }
+  return for_dtype(delta, [](auto dtype) { return compose_kernel<true, decltype(dtype)::value>; });
 }
 
 TableKernel partials_of(bool alike, Dtype delta) {
   if (!alike) return partials_kernel<false, Dtype::kFloat32>;
-  switch (delta) {
-    case Dtype::kBFloat16:
-      return partials_kernel<true, Dtype::kBFloat16>;
-    case Dtype::kFloat16:
-      return partials_kernel<true, Dtype::kFloat16>;
-    default:
-      return partials_kernel<true, Dtype::kFloat32>;
-  }
+  return for_dtype(delta, [](auto dtype) { return partials_kernel<true, decltype(dtype)::value>; });
 }
 
 // How many blocks and vectors one launch takes: whole blocks, unless one alone is too many vectors.
@@ -295,27 +257,26 @@ bool fill(const List& list, int64_t first_block, int64_t first_vector, Table& ta
 
 }  // namespace
 
-cudaError_t bank_compose(const Bank& bank, const float* coef, void* composed, cudaStream_t stream) {
+cudaError_t arena_compose(const Bank& bank, const float* coef, void* composed,
+                          cudaStream_t stream) {
   if (bank.num_tiles == 0) return cudaSuccess;
-  return launch(bank_compose_of(bank.deltas.dtype), bank.num_tiles, kThreads, stream, bank, coef,
-                composed);
+  const auto kernel = for_dtype(
+      bank.deltas.dtype, [](auto dtype) { return arena_compose_kernel<decltype(dtype)::value>; });
+  return launch(kernel, bank.num_tiles, kThreads, stream, bank, coef, composed);
 }
 
-cudaError_t bank_coef_grad(const Bank& bank, const int32_t* block_tile, float* partials,
-                           float* coef_grad, cudaStream_t stream) {
-  if (bank.num_vectors * bank.num_tiles > 0) {
-    const cudaError_t error = launch(bank_partials_of(bank.deltas.dtype), bank.num_tiles, kThreads,
-                                     stream, bank, partials);
-    if (error != cudaSuccess) return error;
-  }
-  return bank_total(bank, block_tile, partials, coef_grad, stream);
+cudaError_t arena_coef_grad(const Bank& bank, const int32_t* block_tile, float* partials,
+                            float* coef_grad, cudaStream_t stream) {
+  const auto kernel = for_dtype(
+      bank.deltas.dtype, [](auto dtype) { return arena_partials_kernel<decltype(dtype)::value>; });
+  return arena_stages(kernel, kThreads, bank, block_tile, partials, coef_grad, stream);
 }
 
-cudaError_t bank_total(const Tiling& tiling, const int32_t* block_tile, const float* partials,
-                       float* coef_grad, cudaStream_t stream) {
+cudaError_t arena_total(const Tiling& tiling, const int32_t* block_tile, const float* partials,
+                        float* coef_grad, cudaStream_t stream) {
   const int64_t count = tiling.num_vectors * tiling.num_blocks;
   if (count == 0) return cudaSuccess;
-  return launch(bank_total_kernel, ceil_div(count, kWarps), kThreads, stream, partials, block_tile,
+  return launch(arena_total_kernel, ceil_div(count, kWarps), kThreads, stream, partials, block_tile,
                 tiling.num_tiles, tiling.num_blocks, count, coef_grad);
 }
 
@@ -395,7 +356,7 @@ cudaError_t coef_grad(const List& list, float* partials, float* coef_grad, cudaS
 extern "C" __attribute__((visibility("default"))) const char* atlas_kernels_cuda_error() {
   cudaFuncAttributes attributes;
   const cudaError_t error = cudaFuncGetAttributes(
-      &attributes, reinterpret_cast<const void*>(atlas_kernels::bank_total_kernel));
+      &attributes, reinterpret_cast<const void*>(atlas_kernels::arena_total_kernel));
   if (error == cudaSuccess) return nullptr;
   static_cast<void>(cudaGetLastError());  // or the next caller finds it
   return cudaGetErrorString(error);

@@ -71,8 +71,8 @@ struct PackedBank : Tiling {
   int bits;
 };
 
-// Groups of a block's elements, as in `partition.py`: each has its own coefficients.
-struct Partition {
+// Groups of a block's elements, as in `ops/groups.py`: each has its own coefficients.
+struct Groups {
   const int32_t* tile_key;
   int num_groups;
 };
@@ -95,34 +95,31 @@ struct List {
 
 // All of them enqueue on `stream` and return at once. Nothing is launched where there is no work.
 
-cudaError_t bank_compose(const Bank& bank, const float* coef, void* composed, cudaStream_t stream);
+cudaError_t arena_compose(const Bank& bank, const float* coef, void* composed, cudaStream_t stream);
+cudaError_t arena_compose(const PackedBank& bank, const float* coef, void* composed,
+                          cudaStream_t stream);
 
 // `partials`: num_vectors * num_tiles floats.
-cudaError_t bank_coef_grad(const Bank& bank, const int32_t* block_tile, float* partials,
-                           float* coef_grad, cudaStream_t stream);
+cudaError_t arena_coef_grad(const Bank& bank, const int32_t* block_tile, float* partials,
+                            float* coef_grad, cudaStream_t stream);
+cudaError_t arena_coef_grad(const PackedBank& bank, const int32_t* block_tile, float* partials,
+                            float* coef_grad, cudaStream_t stream);
 
-// The same for packed deltas.
-cudaError_t packed_compose(const PackedBank& bank, const float* coef, void* composed,
-                           cudaStream_t stream);
-cudaError_t packed_coef_grad(const PackedBank& bank, const int32_t* block_tile, float* partials,
-                             float* coef_grad, cudaStream_t stream);
-
-// The second stage of both gradients: a block's sum over the partials of its tiles.
-cudaError_t bank_total(const Tiling& tiling, const int32_t* block_tile, const float* partials,
-                       float* coef_grad, cudaStream_t stream);
+// The second stage of both: a block's sum over the partials of its tiles.
+cudaError_t arena_total(const Tiling& tiling, const int32_t* block_tile, const float* partials,
+                        float* coef_grad, cudaStream_t stream);
 
 // For a coefficient per group: `coef` is [num_vectors, num_blocks, num_groups].
-cudaError_t partition_compose(const Bank& bank, const Partition& partition, const float* coef,
-                              void* composed, cudaStream_t stream);
-cudaError_t partition_compose(const PackedBank& bank, const Partition& partition, const float* coef,
-                              void* composed, cudaStream_t stream);
+cudaError_t arena_compose(const Bank& bank, const Groups& groups, const float* coef, void* composed,
+                          cudaStream_t stream);
+cudaError_t arena_compose(const PackedBank& bank, const Groups& groups, const float* coef,
+                          void* composed, cudaStream_t stream);
 
-// `partials`: num_chunks * num_vectors * num_groups floats. The bank needs no `tile_block`.
-cudaError_t partition_coef_grad(const Bank& bank, const Partition& partition, const Chunks& chunks,
-                                float* partials, float* coef_grad, cudaStream_t stream);
-cudaError_t partition_coef_grad(const PackedBank& bank, const Partition& partition,
-                                const Chunks& chunks, float* partials, float* coef_grad,
-                                cudaStream_t stream);
+// `partials`: num_chunks * num_vectors * num_groups floats.
+cudaError_t arena_coef_grad(const Bank& bank, const Groups& groups, const Chunks& chunks,
+                            float* partials, float* coef_grad, cudaStream_t stream);
+cudaError_t arena_coef_grad(const PackedBank& bank, const Groups& groups, const Chunks& chunks,
+                            float* partials, float* coef_grad, cudaStream_t stream);
 
 // `scratch`: `compose_scratch` floats.
 cudaError_t compose(const List& list, const float* coef, void* const* composed, float* scratch,

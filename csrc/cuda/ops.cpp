@@ -24,10 +24,10 @@ using atlas::TensorRef;
 using atlas_kernels::Bank;
 using atlas_kernels::Chunks;
 using atlas_kernels::Dtype;
+using atlas_kernels::Groups;
 using atlas_kernels::List;
 using atlas_kernels::Operand;
 using atlas_kernels::PackedBank;
-using atlas_kernels::Partition;
 using atlas_kernels::Tiling;
 using torch::headeronly::IntHeaderOnlyArrayRef;
 using torch::headeronly::ScalarType;
@@ -71,7 +71,7 @@ void check_result(ScalarType dtype) {
 Tensor check_coef(const Tensor& coef, int32_t device, int64_t dimensions = 2) {
   check_device(coef, device, "coef");
   STD_TORCH_CHECK(coef.scalar_type() == ScalarType::Float && coef.dim() == dimensions,
-                  "coef must be float32 [N, B], of partitions [N, B, K]");
+                  "coef must be float32 [N, B], of groups [N, B, K]");
   return torch::stable::contiguous(coef);
 }
 
@@ -87,60 +87,33 @@ const int32_t* integers(const Tensor& tensor) {
   return static_cast<const int32_t*>(tensor.const_data_ptr());
 }
 
-// `tile_block`: none where no block is looked up.
-Tiling tiling_of(const std::optional<Tensor>& tile_block, const Tensor& tile_offset, int32_t device,
-                 int64_t num_blocks, int64_t num_vectors) {
-  check_table(tile_offset, ScalarType::Long, device, "tile_offset");
-  const int64_t num_tiles = tile_offset.numel() - 1;
-  if (tile_block) {
-    check_table(*tile_block, ScalarType::Int, device, "tile_block");
-    STD_TORCH_CHECK(tile_block->numel() == num_tiles,
-                    "tile_offset must have one entry more than tile_block");
-  }
-  return {tile_block ? integers(*tile_block) : nullptr,
-          static_cast<const int64_t*>(tile_offset.const_data_ptr()), num_tiles, num_blocks,
-          num_vectors};
+// What both directions of the arena form take, in the order of the schema.
+struct ArenaArguments {
+  const Tensor& source;  // base, or gradient
+  const Tensor& deltas;
+  const std::optional<Tensor>& scales;
+  int64_t bits;
+  const Tensor& tile_block;
+  const Tensor& tile_offset;
+  int64_t num_blocks;
+  int64_t num_vectors;
+  int32_t device;
+};
+
+Tiling tiling_of(const ArenaArguments& arena) {
+  check_table(arena.tile_offset, ScalarType::Long, arena.device, "tile_offset");
+  check_table(arena.tile_block, ScalarType::Int, arena.device, "tile_block");
+  const int64_t num_tiles = arena.tile_offset.numel() - 1;
+  STD_TORCH_CHECK(arena.tile_block.numel() == num_tiles,
+                  "tile_offset must have one entry more than tile_block");
+  return {integers(arena.tile_block),
+          static_cast<const int64_t*>(arena.tile_offset.const_data_ptr()), num_tiles,
+          arena.num_blocks, arena.num_vectors};
 }
 
-Bank bank_of(const Tensor& source, const Tensor& deltas, const std::optional<Tensor>& tile_block,
-             const Tensor& tile_offset, int64_t num_blocks, int64_t num_vectors) {
-  const int32_t device = source.get_device_index();
-  check_arena(source, device, "the base or gradient");
-  check_arena(deltas, device, "deltas");
-  STD_TORCH_CHECK(deltas.numel() == num_vectors * source.numel(),
-                  "deltas must hold num_vectors arenas");
-  return {tiling_of(tile_block, tile_offset, device, num_blocks, num_vectors),
-          {source.const_data_ptr(), dtype_of(source, "the base or gradient")},
-          {deltas.const_data_ptr(), dtype_of(deltas, "deltas")}};
-}
-
-Tensor bank_compose(Tensor base, Tensor deltas, Tensor coef, Tensor tile_block,
-                    Tensor tile_offset) {
-  const int32_t device = base.get_device_index();
-  const torch::stable::accelerator::DeviceGuard guard(device);
-  const Tensor factors = check_coef(coef, device);
-  const Bank bank =
-      bank_of(base, deltas, tile_block, tile_offset, factors.size(1), factors.size(0));
-  Tensor composed = torch::stable::empty_like(base);
-  STD_CUDA_CHECK(atlas_kernels::bank_compose(bank, floats(factors), composed.mutable_data_ptr(),
-                                             current_stream(device)));
-  return composed;
-}
-
-Tensor bank_coef_grad(Tensor grad, Tensor deltas, Tensor tile_block, Tensor tile_offset,
-                      Tensor block_tile, int64_t num_vectors, ScalarType dtype) {
-  check_result(dtype);
-  const int32_t device = grad.get_device_index();
-  const torch::stable::accelerator::DeviceGuard guard(device);
-  check_table(block_tile, ScalarType::Int, device, "block_tile");
-  const Bank bank =
-      bank_of(grad, deltas, tile_block, tile_offset, block_tile.numel() - 1, num_vectors);
-  const Tensor partials =
-      torch::stable::new_empty(grad, {num_vectors, bank.num_tiles}, ScalarType::Float);
-  Tensor result = torch::stable::new_empty(grad, {num_vectors, bank.num_blocks}, ScalarType::Float);
-  STD_CUDA_CHECK(atlas_kernels::bank_coef_grad(bank, integers(block_tile), floats(partials),
-                                               floats(result), current_stream(device)));
-  return result;
+Operand operand_of(const Tensor& tensor, int32_t device, const char* name) {
+  check_arena(tensor, device, name);
+  return {tensor.const_data_ptr(), dtype_of(tensor, name)};
 }
 
 // The tensor, or a copy of it that starts at a multiple of 16 bytes, as fresh memory does.
@@ -149,65 +122,36 @@ Tensor aligned(const Tensor& tensor) {
   return address % 16 == 0 ? tensor : torch::stable::clone(tensor);
 }
 
-// `source` and `words` are aligned.
-PackedBank packed_bank_of(const Tensor& source, const Tensor& words, const Tensor& scales,
-                          int64_t bits, const std::optional<Tensor>& tile_block,
-                          const Tensor& tile_offset, int64_t num_blocks, int64_t num_vectors) {
-  const int32_t device = source.get_device_index();
-  check_arena(source, device, "the base or gradient");
-  check_arena(words, device, "words");
-  check_arena(scales, device, "scales");
+// Calls run(bank) with the arena as the kernels take it.
+template <typename Run>
+void with_bank(const ArenaArguments& arena, const Run& run) {
+  const int64_t elements = arena.num_vectors * arena.source.numel();
+  if (!arena.scales) {
+    const Operand deltas = operand_of(arena.deltas, arena.device, "deltas");
+    STD_TORCH_CHECK(arena.bits == 0 && arena.deltas.numel() == elements,
+                    "deltas must hold num_vectors arenas");
+    const Operand source = operand_of(arena.source, arena.device, "the base or gradient");
+    return run(Bank{tiling_of(arena), source, deltas});
+  }
+  const Tensor source = aligned(arena.source);
+  const Tensor words = aligned(arena.deltas);
+  const Tensor& scales = *arena.scales;
+  const int64_t bits = arena.bits;
+  check_arena(words, arena.device, "words");
+  check_arena(scales, arena.device, "scales");
   STD_TORCH_CHECK(bits == 1 || bits == 2 || bits == 3 || bits == 4 || bits == 8,
                   "bits must be 1, 2, 3, 4 or 8");
   STD_TORCH_CHECK(
       words.scalar_type() == ScalarType::Int && scales.scalar_type() == ScalarType::BFloat16,
       "words must be int32 and scales bfloat16");
-  const int64_t elements = num_vectors * source.numel();
   STD_TORCH_CHECK(words.numel() * 32 == elements * bits && scales.numel() * 128 == elements,
                   "words and scales must hold num_vectors arenas");
-  return {tiling_of(tile_block, tile_offset, device, num_blocks, num_vectors),
-          {source.const_data_ptr(), dtype_of(source, "the base or gradient")},
-          static_cast<const uint32_t*>(words.const_data_ptr()),
-          static_cast<const uint16_t*>(scales.const_data_ptr()),
-          static_cast<int>(bits)};
+  run(PackedBank{tiling_of(arena), operand_of(source, arena.device, "the base or gradient"),
+                 static_cast<const uint32_t*>(words.const_data_ptr()),
+                 static_cast<const uint16_t*>(scales.const_data_ptr()), static_cast<int>(bits)});
 }
 
-Tensor packed_compose(Tensor base, Tensor words, Tensor scales, int64_t bits, Tensor coef,
-                      Tensor tile_block, Tensor tile_offset) {
-  const int32_t device = base.get_device_index();
-  const torch::stable::accelerator::DeviceGuard guard(device);
-  const Tensor factors = check_coef(coef, device);
-  const Tensor source = aligned(base);
-  const Tensor codes = aligned(words);
-  const PackedBank bank = packed_bank_of(source, codes, scales, bits, tile_block, tile_offset,
-                                         factors.size(1), factors.size(0));
-  Tensor composed = torch::stable::empty_like(base);
-  STD_CUDA_CHECK(atlas_kernels::packed_compose(bank, floats(factors), composed.mutable_data_ptr(),
-                                               current_stream(device)));
-  return composed;
-}
-
-Tensor packed_coef_grad(Tensor grad, Tensor words, Tensor scales, int64_t bits, Tensor tile_block,
-                        Tensor tile_offset, Tensor block_tile, int64_t num_vectors,
-                        ScalarType dtype) {
-  check_result(dtype);
-  const int32_t device = grad.get_device_index();
-  const torch::stable::accelerator::DeviceGuard guard(device);
-  check_table(block_tile, ScalarType::Int, device, "block_tile");
-  const Tensor source = aligned(grad);
-  const Tensor codes = aligned(words);
-  const PackedBank bank = packed_bank_of(source, codes, scales, bits, tile_block, tile_offset,
-                                         block_tile.numel() - 1, num_vectors);
-  const Tensor partials =
-      torch::stable::new_empty(grad, {num_vectors, bank.num_tiles}, ScalarType::Float);
-  Tensor result = torch::stable::new_empty(grad, {num_vectors, bank.num_blocks}, ScalarType::Float);
-  STD_CUDA_CHECK(atlas_kernels::packed_coef_grad(bank, integers(block_tile), floats(partials),
-                                                 floats(result), current_stream(device)));
-  return result;
-}
-
-Partition partition_of(const Tensor& tile_key, int64_t num_groups, const Tiling& tiling,
-                       int32_t device) {
+Groups groups_of(const Tensor& tile_key, int64_t num_groups, const Tiling& tiling, int32_t device) {
   check_table(tile_key, ScalarType::Int, device, "tile_key");
   STD_TORCH_CHECK(tile_key.numel() == tiling.num_tiles, "tile_key must have one entry per tile");
   STD_TORCH_CHECK(0 < num_groups && num_groups <= atlas_kernels::kTile,
@@ -215,59 +159,69 @@ Partition partition_of(const Tensor& tile_key, int64_t num_groups, const Tiling&
   return {integers(tile_key), static_cast<int>(num_groups)};
 }
 
-Tensor partition_compose(Tensor base, Tensor deltas, std::optional<Tensor> scales, int64_t bits,
-                         Tensor coef, Tensor tile_block, Tensor tile_offset, Tensor tile_key) {
+Tensor arena_compose(const Tensor& base, const Tensor& deltas, const std::optional<Tensor>& scales,
+                     int64_t bits, const Tensor& tile_block, const Tensor& tile_offset,
+                     const Tensor& /*block_tile*/, const Tensor& /*chunk_tile*/,
+                     const Tensor& /*block_chunk*/, const std::optional<Tensor>& tile_key,
+                     const Tensor& coef) {
   const int32_t device = base.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
-  const Tensor factors = check_coef(coef, device, 3);
+  const Tensor factors = check_coef(coef, device, tile_key ? 3 : 2);
   Tensor composed = torch::stable::empty_like(base);
-  const auto launch = [&](const auto& bank) {
-    const Partition partition = partition_of(tile_key, factors.size(2), bank, device);
-    STD_CUDA_CHECK(atlas_kernels::partition_compose(
-        bank, partition, floats(factors), composed.mutable_data_ptr(), current_stream(device)));
-  };
-  const int64_t num_vectors = factors.size(0);
-  const int64_t num_blocks = factors.size(1);
-  if (scales) {
-    const Tensor source = aligned(base);
-    const Tensor words = aligned(deltas);
-    launch(packed_bank_of(source, words, *scales, bits, tile_block, tile_offset, num_blocks,
-                          num_vectors));
-  } else {
-    launch(bank_of(base, deltas, tile_block, tile_offset, num_blocks, num_vectors));
-  }
+  void* target = composed.mutable_data_ptr();
+  with_bank({base, deltas, scales, bits, tile_block, tile_offset, factors.size(1), factors.size(0),
+             device},
+            [&](const auto& bank) {
+              const cudaStream_t stream = current_stream(device);
+              if (tile_key) {
+                const Groups groups = groups_of(*tile_key, factors.size(2), bank, device);
+                STD_CUDA_CHECK(
+                    atlas_kernels::arena_compose(bank, groups, floats(factors), target, stream));
+              } else {
+                STD_CUDA_CHECK(atlas_kernels::arena_compose(bank, floats(factors), target, stream));
+              }
+            });
   return composed;
 }
 
-Tensor partition_coef_grad(Tensor grad, Tensor deltas, std::optional<Tensor> scales, int64_t bits,
-                           Tensor tile_offset, Tensor tile_key, Tensor chunk_tile,
-                           Tensor block_chunk, int64_t num_vectors, int64_t groups,
-                           ScalarType dtype) {
+Tensor arena_coef_grad(const Tensor& grad, const Tensor& deltas,
+                       const std::optional<Tensor>& scales, int64_t bits, const Tensor& tile_block,
+                       const Tensor& tile_offset, const Tensor& block_tile,
+                       const Tensor& chunk_tile, const Tensor& block_chunk,
+                       const std::optional<Tensor>& tile_key, int64_t num_vectors,
+                       int64_t num_groups, ScalarType dtype) {
   check_result(dtype);
   const int32_t device = grad.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
-  check_table(chunk_tile, ScalarType::Int, device, "chunk_tile");
-  check_table(block_chunk, ScalarType::Int, device, "block_chunk");
-  const int64_t num_blocks = block_chunk.numel() - 1;
-  const Chunks chunks = {integers(chunk_tile), integers(block_chunk), chunk_tile.numel() - 1};
-  const Tensor partials =
-      torch::stable::new_empty(grad, {chunks.num_chunks, num_vectors, groups}, ScalarType::Float);
-  Tensor result =
-      torch::stable::new_empty(grad, {num_vectors, num_blocks, groups}, ScalarType::Float);
-  const auto launch = [&](const auto& bank) {
-    const Partition partition = partition_of(tile_key, groups, bank, device);
-    STD_CUDA_CHECK(atlas_kernels::partition_coef_grad(bank, partition, chunks, floats(partials),
-                                                      floats(result), current_stream(device)));
+  check_table(block_tile, ScalarType::Int, device, "block_tile");
+  const int64_t num_blocks = block_tile.numel() - 1;
+  const auto new_floats = [&](std::vector<int64_t> sizes) {
+    return torch::stable::new_empty(grad, sizes, ScalarType::Float);
   };
-  if (scales) {
-    const Tensor source = aligned(grad);
-    const Tensor words = aligned(deltas);
-    launch(packed_bank_of(source, words, *scales, bits, std::nullopt, tile_offset, num_blocks,
-                          num_vectors));
-  } else {
-    launch(bank_of(grad, deltas, std::nullopt, tile_offset, num_blocks, num_vectors));
-  }
-  return result;
+  std::optional<Tensor> result;
+  with_bank({grad, deltas, scales, bits, tile_block, tile_offset, num_blocks, num_vectors, device},
+            [&](const auto& bank) {
+              const cudaStream_t stream = current_stream(device);
+              if (tile_key) {
+                check_table(chunk_tile, ScalarType::Int, device, "chunk_tile");
+                check_table(block_chunk, ScalarType::Int, device, "block_chunk");
+                STD_TORCH_CHECK(block_chunk.numel() == block_tile.numel(),
+                                "block_chunk must have one entry per block, and one more");
+                const Groups groups = groups_of(*tile_key, num_groups, bank, device);
+                const Chunks chunks = {integers(chunk_tile), integers(block_chunk),
+                                       chunk_tile.numel() - 1};
+                const Tensor partials = new_floats({chunks.num_chunks, num_vectors, num_groups});
+                result = new_floats({num_vectors, num_blocks, num_groups});
+                STD_CUDA_CHECK(atlas_kernels::arena_coef_grad(
+                    bank, groups, chunks, floats(partials), floats(*result), stream));
+              } else {
+                const Tensor partials = new_floats({num_vectors, bank.num_tiles});
+                result = new_floats({num_vectors, num_blocks});
+                STD_CUDA_CHECK(atlas_kernels::arena_coef_grad(
+                    bank, integers(block_tile), floats(partials), floats(*result), stream));
+              }
+            });
+  return *result;
 }
 
 // The operands of a list-form call. Copies of non-contiguous tensors live as long as it does:
@@ -377,10 +331,6 @@ Tensor coef_grad(StableListHandle grad_list, StableListHandle delta_list, Scalar
 STABLE_TORCH_LIBRARY_IMPL(atlas_kernels_cuda, CUDA, m) {
   m.impl("compose", TORCH_BOX(&compose));
   m.impl("coef_grad", TORCH_BOX(&coef_grad));
-  m.impl("bank_compose", TORCH_BOX(&bank_compose));
-  m.impl("bank_coef_grad", TORCH_BOX(&bank_coef_grad));
-  m.impl("packed_compose", TORCH_BOX(&packed_compose));
-  m.impl("packed_coef_grad", TORCH_BOX(&packed_coef_grad));
-  m.impl("partition_compose", TORCH_BOX(&partition_compose));
-  m.impl("partition_coef_grad", TORCH_BOX(&partition_coef_grad));
+  m.impl("arena_compose", TORCH_BOX(&arena_compose));
+  m.impl("arena_coef_grad", TORCH_BOX(&arena_coef_grad));
 }

@@ -41,56 +41,21 @@ __global__ void __launch_bounds__(kPackedThreads, kPackedBlocksPerMultiprocessor
                                        partials + blockIdx.x, bank.num_tiles);
 }
 
-using ComposeKernel = void (*)(PackedBank, const float*, void*);
-using PartialsKernel = void (*)(PackedBank, float*);
-
-ComposeKernel compose_of(int bits) {
-  switch (bits) {
-    case 1:
-      return packed_compose_kernel<1>;
-    case 2:
-      return packed_compose_kernel<2>;
-    case 3:
-      return packed_compose_kernel<3>;
-    case 4:
-      return packed_compose_kernel<4>;
-    default:
-      return packed_compose_kernel<8>;
-  }
-}
-
-PartialsKernel partials_of(int bits) {
-  switch (bits) {
-    case 1:
-      return packed_partials_kernel<1>;
-    case 2:
-      return packed_partials_kernel<2>;
-    case 3:
-      return packed_partials_kernel<3>;
-    case 4:
-      return packed_partials_kernel<4>;
-    default:
-      return packed_partials_kernel<8>;
-  }
-}
-
 }  // namespace
 
-cudaError_t packed_compose(const PackedBank& bank, const float* coef, void* composed,
-                           cudaStream_t stream) {
+cudaError_t arena_compose(const PackedBank& bank, const float* coef, void* composed,
+                          cudaStream_t stream) {
   if (bank.num_tiles == 0) return cudaSuccess;
-  return launch(compose_of(bank.bits), bank.num_tiles, kPackedThreads, stream, bank, coef,
-                composed);
+  const auto kernel =
+      for_bits(bank.bits, [](auto bits) { return packed_compose_kernel<decltype(bits)::value>; });
+  return launch(kernel, bank.num_tiles, kPackedThreads, stream, bank, coef, composed);
 }
 
-cudaError_t packed_coef_grad(const PackedBank& bank, const int32_t* block_tile, float* partials,
-                             float* coef_grad, cudaStream_t stream) {
-  if (bank.num_vectors * bank.num_tiles > 0) {
-    const cudaError_t error =
-        launch(partials_of(bank.bits), bank.num_tiles, kPackedThreads, stream, bank, partials);
-    if (error != cudaSuccess) return error;
-  }
-  return bank_total(bank, block_tile, partials, coef_grad, stream);
+cudaError_t arena_coef_grad(const PackedBank& bank, const int32_t* block_tile, float* partials,
+                            float* coef_grad, cudaStream_t stream) {
+  const auto kernel =
+      for_bits(bank.bits, [](auto bits) { return packed_partials_kernel<decltype(bits)::value>; });
+  return arena_stages(kernel, kPackedThreads, bank, block_tile, partials, coef_grad, stream);
 }
 
 }  // namespace atlas_kernels

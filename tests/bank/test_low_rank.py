@@ -14,7 +14,6 @@ from atlas_kernels.files.errors import FileFormatError
 from atlas_kernels.models.live_memory import PeakMemory
 from atlas_kernels.ops.groups import group_of, slots, tile_keys
 from atlas_kernels.ops.layout import TILE, Layout
-from atlas_kernels.vectors import low_rank
 
 SHAPES = {
     "one": (1, 1), "prime": (7, 13), "tall": (131, 3), "wide": (5, 257), "conv": (6, 2, 3, 3),
@@ -227,7 +226,7 @@ def test_product_is_the_dense_sum(
     codec: str, dtype: torch.dtype, per_block: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Several chunks of rows, the last one shorter.
-    monkeypatch.setattr(low_rank, "_CHUNK", 300)
+    monkeypatch.setattr("atlas_kernels.bank.low_rank_segment._CHUNK", 300)
     base, vectors, bank = make_bank(codec, dtype)
     assert bank.blocks == bank.weights == tuple(SHAPES)
     assert all(isinstance(segment, LowRankSegment) for segment in bank.segments)
@@ -573,7 +572,7 @@ def test_composed_model(memory: Any, options: dict[str, Any], tmp_path: Path) ->
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_partitions(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Elements of the products have the coefficients of their groups; several chunks of tiles."""
-    monkeypatch.setattr(low_rank, "CHUNK_TILES", 1)
+    monkeypatch.setattr("atlas_kernels.bank.low_rank_segment.CHUNK_TILES", 1)
     # Rows that are shorter and longer than a tile, and end at none.
     shapes = {**SHAPES, "rows": (3, 5000)}
     monkeypatch.setattr(f"{__name__}.SHAPES", shapes)

@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -165,10 +166,10 @@ def test_debug_shows_the_traceback_wherever_it_stands(capsys) -> None:
     ],
 )
 def test_exit_codes(monkeypatch, capsys, error: BaseException, code: int, message: str) -> None:
-    def fails(arguments: object) -> None:
+    def fails() -> None:
         raise error
 
-    monkeypatch.setattr("atlas_kernels.cli.info.run", fails)
+    monkeypatch.setattr("atlas_kernels.cli.info._version", lambda package: fails())
     assert run("info") == code
     assert message in capsys.readouterr().err
 
@@ -176,13 +177,16 @@ def test_exit_codes(monkeypatch, capsys, error: BaseException, code: int, messag
 @pytest.mark.parametrize("arguments", [("--help",), *((name, "--help") for name in COMMANDS)])
 def test_help(capsys, arguments) -> None:
     assert run(*arguments) == 0
-    assert "usage: atlas-kernels" in capsys.readouterr().out
+    assert "Usage: atlas-kernels" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("arguments", [(), ("nonsense",), ("merge", "a"), ("demo", "--seed", "x")])
 def test_wrong_usage(capsys, arguments) -> None:
     assert run(*arguments) == 2
-    assert "usage: atlas-kernels" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert error.startswith("atlas-kernels: ")
+    assert error.count("\n") == 1
+    assert " --help" in error.lower().partition("see atlas-kernels")[2]
 
 
 def test_info_names_every_backend_and_what_is_missing(capsys, monkeypatch) -> None:
@@ -214,9 +218,66 @@ def test_as_a_process(files) -> None:
     assert done.returncode == 0
     assert "state dict" in done.stdout
     assert not done.stderr
+
+
+HEAVY = ("torch", "numpy", "open_clip", "matplotlib", "tqdm", "jinja2", "safetensors")
+LEARN = ("few-shot", "addition", "negation", "test-time", "peft", "per-instance")
+
+
+@pytest.mark.parametrize("command", [(), *((name,) for name in COMMANDS), ("learn", *LEARN[:1])])
+def test_help_imports_nothing_heavy(command) -> None:
     code = (
-        "import sys; from atlas_kernels import cli; cli.main(['--help']);"
-        "sys.exit(any(name in sys.modules for name in ('open_clip', 'matplotlib', 'rich')))"
+        "import sys; from atlas_kernels import cli; code = cli.main(sys.argv[1:]);"
+        f"sys.exit(code or ', '.join(name for name in {HEAVY} if name in sys.modules) or None)"
     )
-    light = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
-    assert light.returncode == 0, "help must not import what only some commands need"
+    arguments = [sys.executable, "-c", code, *command, "--help"]
+    light = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    assert light.returncode == 0, light.stderr
+
+
+@pytest.mark.parametrize("method", LEARN)
+def test_help_of_every_method(method: str, capsys) -> None:
+    assert run("learn", method, "--help") == 0
+    printed = capsys.readouterr().out
+    assert "--task" in printed
+    assert "--config" in printed
+
+
+def test_json_is_all_that_is_printed(files, tmp_path, capsys) -> None:
+    made = tmp_path / "v.safetensors"
+    assert run("diff", files / "base.pt", files / "tuned1.safetensors", "-o", made, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["file"] == str(made)
+    assert found["blocks"] > 0
+    for command in (("info",), ("inspect", made), ("plan", files / "base.pt", "--vectors", 2)):
+        assert run("--json", *command) == 0
+        assert json.loads(capsys.readouterr().out)
+
+
+def test_quiet_prints_nothing(files, capsys) -> None:
+    assert run("inspect", files / "base.pt", "--quiet") == 0
+    printed = capsys.readouterr()
+    assert printed.out == printed.err == ""
+
+
+def test_version(capsys) -> None:
+    assert run("--version") == 0
+    assert capsys.readouterr().out.strip() == ak.__version__
+
+
+def test_options_that_make_no_sense(files, tmp_path, capsys) -> None:
+    made = tmp_path / "v.safetensors"
+    diff = ("diff", files / "base.pt", files / "tuned1.safetensors", "-o", made)
+    assert run(*diff, "--name", "") == 2
+    assert "--name is empty" in capsys.readouterr().err
+    assert not made.exists()
+    assert run(*diff) == 0
+    assert run("inspect", made, "--picture", tmp_path / "p.png") == 2
+    assert "--picture is of a bank" in capsys.readouterr().err
+    assert run("bank", files / "base.pt", made, made, "-o", tmp_path / "b.safetensors") == 2
+    assert "name each task vector once" in capsys.readouterr().err
+    assert run("plan", files / "base.pt", "--codec", "int99") == 2
+    assert "unknown codec 'int99'" in capsys.readouterr().err
+    forget = ("learn", "negation", "--task", "mnist-clean", "--control", "mnist-clean")
+    assert run(*forget, "-o", tmp_path / "run") == 2
+    assert "--control is mnist-clean, which is the task to forget" in capsys.readouterr().err

@@ -177,7 +177,7 @@ def test_second_run_computes_nothing_that_is_there(finished, tmp_path, monkeypat
     calls = []
     real = suite_module.perform
     monkeypatch.setattr(suite_module, "perform", lambda s: (calls.append(s.run), real(s))[1])
-    monkeypatch.setattr("atlas_kernels.experiments.step_timing.step_cost", lambda *_: 1 / 0)
+    monkeypatch.setattr("atlas_kernels.experiments.step_cost", lambda *_: 1 / 0)
     command.run_demo(tiny(), folder, processes=1)
     assert not calls
     # What was learned is not in results.json: without it, its run is done again.
@@ -212,14 +212,14 @@ def run(monkeypatch):
     """The command with another suite, in this process, without what comes after the runs."""
     monkeypatch.setattr(command, "_step_cost", lambda *_: None)
     monkeypatch.setattr(command, "kept_cells", lambda _: [None])
-    monkeypatch.setattr(report, "print_step_cost", lambda _: None)
-    monkeypatch.setattr(report, "print_results", lambda _: None)
-    monkeypatch.setattr(report, "write_pictures", lambda *_: [])
+    monkeypatch.setattr("atlas_kernels.report.print_step_cost", lambda _: None)
+    monkeypatch.setattr("atlas_kernels.report.print_results", lambda _: None)
+    monkeypatch.setattr("atlas_kernels.report.write_pictures", lambda *_: [])
     monkeypatch.setattr(suite_module, "default_processes", lambda: 1)
 
     def run(folder: Path, *options: str, suite: Suite | None = None) -> int:
         chosen = suite or quick()
-        monkeypatch.setattr("atlas_kernels.experiments.published.read_suite", lambda _: chosen)
+        monkeypatch.setattr("atlas_kernels.experiments.read_suite", lambda _: chosen)
         return cli.main(["demo", "--out", str(folder), *options])
 
     return run
@@ -299,7 +299,7 @@ def test_from_scratch_runs_on_what_was_made(tmp_path, monkeypatch, run) -> None:
         shutil.copytree(WEIGHTS, folder)
         assert seed == 5
 
-    monkeypatch.setattr("atlas_kernels.experiments.embedded.make_assets.make_assets", make)
+    monkeypatch.setattr("atlas_kernels.experiments.make_assets", make)
     assert run(tmp_path, "--from-scratch", "--seed", "5") == 0
     suite = json.loads((tmp_path / "results.json").read_text())["suite"]
     assert suite["source"] == {"kind": "embedded", "assets": str(tmp_path / "assets")}

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from arena import arena_compose
 from strategies import same_bits
 from tolerances import EPS
 from torch import Tensor, nn
@@ -133,12 +134,12 @@ def vectors_of(model: ak.ComposedModel) -> list[ak.TaskVector]:
     for i, name in enumerate(bank.names):
         unit = torch.zeros(len(bank.names))
         unit[i] = 1
-        flat = reference.bank_compose(
+        flat = arena_compose(
+            reference,
             torch.zeros_like(segment.base),
-            segment.deltas,
-            unit.unsqueeze(1).expand(-1, len(bank.blocks)).contiguous(),
-            segment.layout.tile_block,
-            segment.layout.tile_offset,
+            (segment.deltas, None, 0),
+            unit.unsqueeze(1).expand(-1, len(bank.blocks)),
+            segment.layout,
         )
         views = segment.layout.split(flat)
         vectors.append(ak.TaskVector(dict(zip(bank.blocks, views, strict=True)), name=name))
@@ -272,13 +273,13 @@ def test_composed_once_until_coef_changes() -> None:
             first = model(TOKENS)
             for _ in range(3):
                 assert same_bits(model(TOKENS), first)
-            assert calls["bank_compose"] == 1
+            assert calls["arena_compose"] == 1
     with torch.no_grad(), counted() as calls:
         for step in range(3):
             model.coef.add_(0.5)
             for _ in range(2):
                 changed = model(TOKENS)
-            assert calls["bank_compose"] == step + 1
+            assert calls["arena_compose"] == step + 1
             assert not torch.allclose(changed, first, atol=1e-3)
     # A step of an optimiser counts as a change, and weights with gradients are not reused later.
     model(TOKENS).sum().backward()
@@ -308,7 +309,7 @@ def test_a_frozen_coef_is_composed_once() -> None:
     with counted() as calls:
         for _ in range(3):
             model(TOKENS)
-    assert calls["bank_compose"] == 1
+    assert calls["arena_compose"] == 1
 
 
 def test_one_composition_per_step_and_one_for_several_losses() -> None:
@@ -320,7 +321,7 @@ def test_one_composition_per_step_and_one_for_several_losses() -> None:
     for tokens in (TOKENS, other):
         with counted() as calls:
             model(tokens).square().mean().backward()
-        assert (calls["bank_compose"], calls["bank_coef_grad"]) == (1, 1)
+        assert (calls["arena_compose"], calls["arena_coef_grad"]) == (1, 1)
         assert model.coef.grad is not None
         separate.append(model.coef.grad.clone())
         model.coef.grad = None
@@ -328,7 +329,7 @@ def test_one_composition_per_step_and_one_for_several_losses() -> None:
         with model.composed_once():
             loss = model(TOKENS).square().mean() + model(other).square().mean()
         loss.backward()
-    assert (calls["bank_compose"], calls["bank_coef_grad"]) == (1, 1)
+    assert (calls["arena_compose"], calls["arena_coef_grad"]) == (1, 1)
     assert torch.allclose(model.coef.grad, separate[0] + separate[1], rtol=1e-4, atol=1e-6)
     assert separate[0].abs().min() > 1e-5
     # Outside again, nothing is kept: a second step must not use a graph that is gone.

@@ -192,7 +192,7 @@ def test_without_gradients_it_composes_at_every_use(name: str) -> None:
             for _ in range(2):
                 with counted() as calls:
                     assert same_bits(recompute(x), expected)
-                assert calls["bank_compose"] >= len(recompute.bank.blocks)
+                assert calls["arena_compose"] >= len(recompute.bank.blocks)
     # Nothing that was composed above stays in the way of gradients.
     expected = step(whole, x)[1]
     assert_close(step(recompute, x)[1], expected)
@@ -279,7 +279,7 @@ def test_one_composition_backward_per_block_and_backward() -> None:
     expected = step(whole, first)[1] + step(whole, second)[1]
     with counted() as calls:
         separate = step(recompute, first)[1] + step(recompute, second)[1]
-    assert calls["bank_coef_grad"] == 2 * blocks
+    assert calls["arena_coef_grad"] == 2 * blocks
     assert_close(separate, expected)
     for passes in (contextlib.nullcontext, recompute.composed_once):
         recompute.coef.grad = None
@@ -289,7 +289,7 @@ def test_one_composition_backward_per_block_and_backward() -> None:
                 loss = sum((recompute(x) * weights).square().sum() for x in (first, second))
             loss.backward()
         shared = passes == recompute.composed_once
-        assert calls["bank_coef_grad"] == (1 if shared else 2) * blocks
+        assert calls["arena_coef_grad"] == (1 if shared else 2) * blocks
         assert_close(recompute.coef.grad, expected)
 
 
@@ -309,11 +309,11 @@ def test_accumulated_gradients_take_one_composition_backward(memory: int, granul
         for x in batches:
             backward(x)
         assert model.coef.grad is None
-        assert calls["bank_coef_grad"] == 0
+        assert calls["arena_coef_grad"] == 0
     whole = model.memory == "whole"
-    assert calls["bank_coef_grad"] == (1 if whole else len(model.bank.blocks))
+    assert calls["arena_coef_grad"] == (1 if whole else len(model.bank.blocks))
     if whole:
-        assert calls["bank_compose"] == 1
+        assert calls["arena_compose"] == 1
     assert_close(model.coef.grad, expected)
     # An exception drops what has come so far.
     model.coef.grad = None
@@ -378,7 +378,7 @@ def test_a_block_is_composed_once_while_it_is_alive() -> None:
     x = torch.randn(3, 5)
     with torch.no_grad(), counted() as calls:
         recompute(x)
-    assert calls["bank_compose"] == 1
+    assert calls["arena_compose"] == 1
     assert_close(step(recompute, x)[1], step(whole, x)[1])
 
 

@@ -19,7 +19,6 @@ from atlas_kernels.ops import schema as ops
 from atlas_kernels.ops.backends import resolve
 from atlas_kernels.ops.codecs import CODECS, codec_named
 from atlas_kernels.ops.codecs.packed import GROUP, Packed, levels
-from atlas_kernels.ops.composition import bank_compose
 from atlas_kernels.ops.layout import TILE
 
 PACKED = ("int8", "int4", "int3", "int2", "sign")
@@ -256,14 +255,11 @@ def test_opcheck(name: str, backend: str) -> None:
     namespace = getattr(torch.ops, ops.namespace(backend))
     base, vectors = base_and_vectors()
     (segment,) = ak.TaskVectorBank.from_task_vectors(base, vectors, codec=name).segments
-    tables = segment.layout.tile_block, segment.layout.tile_offset
     stored = segment.deltas, segment.scales, segment.codec.bits
+    arguments = (segment.base, *stored, *segment.layout.tables, None)
     coef = torch.randn(len(vectors), len(base))
-    torch.library.opcheck(namespace.packed_compose.default, (segment.base, *stored, coef, *tables))
-    torch.library.opcheck(
-        namespace.packed_coef_grad.default,
-        (segment.base, *stored, *tables, segment.layout.block_tile, 3, torch.float32),
-    )
+    torch.library.opcheck(namespace.arena_compose.default, (*arguments, coef))
+    torch.library.opcheck(namespace.arena_coef_grad.default, (*arguments, 3, 0, torch.float32))
 
 
 @on_each_backend
@@ -361,7 +357,7 @@ def test_errors_are_those_of_the_stored_deltas() -> None:
 
 @pytest.mark.parametrize("name", [*PACKED, "auto:3"])
 def test_float64_gradients_flow_through_the_python_function(name: str) -> None:
-    """bank_compose of a packed segment is linear in coef: its gradient does not depend on coef."""
+    """A packed segment's composition is linear in coef, on which no gradient then depends."""
     base, vectors = base_and_vectors()
     bank = ak.TaskVectorBank.from_task_vectors(base, vectors, codec=name)
     coef = torch.zeros(len(vectors), len(bank.blocks), requires_grad=True)
@@ -372,8 +368,4 @@ def test_float64_gradients_flow_through_the_python_function(name: str) -> None:
 
     assert same_bits(gradient(coef), gradient(coef + 1))
     for segment in bank.segments:
-        flat = bank_compose(
-            segment.base, segment.deltas, torch.zeros(len(vectors)), segment.layout,
-            scales=segment.scales, bits=segment.codec.bits,
-        )  # fmt: skip
-        assert torch.equal(flat, segment.base)
+        assert torch.equal(segment.compose(torch.zeros(len(vectors))), segment.base)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from arena import differentiable
 from hypothesis import strategies as st
 from strategies import (
     DTYPES,
@@ -33,7 +34,6 @@ import atlas_kernels as ak
 from atlas_kernels.ops import reference
 from atlas_kernels.ops import schema as ops
 from atlas_kernels.ops.backends import resolve
-from atlas_kernels.ops.composition import _BankCompose, bank_compose
 from atlas_kernels.ops.groups import tile_keys
 from atlas_kernels.ops.layout import TILE, Layout
 
@@ -260,19 +260,15 @@ def test_gradcheck_of_the_list_form(isotropic: bool) -> None:
 
 @pytest.mark.parametrize("groups", [0, 2])
 def test_gradcheck_of_the_bank_form(groups: int) -> None:
-    """bank_compose itself rounds coef to float32; the Function under it does not."""
-    resolve("torch", "cpu", True)
     layout = Layout.from_shapes([(2, 3), (), (5,)])
     base = torch.randn(layout.numel, dtype=torch.float64, requires_grad=True)
     deltas = torch.randn(2 * layout.numel, dtype=torch.float64)
     shape = (2, 3, groups) if groups else (2, 3)
     coef = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     key = tile_keys("abc", layout, 0) if groups else None
-    tables = layout.tile_block, layout.tile_offset, layout.block_tile
-    tables = (*tables, key, layout.chunk_tile, layout.block_chunk)
 
     def function(coef: Tensor, base: Tensor) -> Any:
-        return _BankCompose.apply("torch", coef, base, 0, deltas, None, *tables)
+        return differentiable(base, (deltas, None, 0), coef, layout, "torch", key)
 
     assert gradcheck(function, (coef, base))
     assert gradgradcheck(function, (coef, base))
@@ -358,7 +354,9 @@ def forms(backend: str) -> Iterator[tuple[str, Callable[[Tensor], Any], Tensor]]
     yield "list", lambda coef: ak.compose(base, deltas, coef, backend=backend), coef
     yield (
         "bank",
-        lambda coef: layout.split(bank_compose(flat_base, flat_deltas, coef, layout, backend)),
+        lambda coef: layout.split(
+            differentiable(flat_base, (flat_deltas, None, 0), coef, layout, backend)
+        ),
         coef,
     )
 
@@ -550,15 +548,12 @@ def test_opcheck(backend: str) -> None:
     deltas += [torch.randn(5, 3).t(), torch.empty(ops.ABSENT), torch.tensor(1.0).bfloat16()]
     coef = torch.randn(2, 3)
     arena, packed, layout = bank_arguments(*simple(40)[:2])
-    tables = layout.tile_block, layout.tile_offset
+    stored = (arena, packed, None, 0, *layout.tables, None)
     for op, arguments in (
         (namespace.compose, (base, deltas, coef)),
         (namespace.coef_grad, (base, deltas, torch.float32)),
-        (namespace.bank_compose, (arena, packed, coef, *tables)),
-        (
-            namespace.bank_coef_grad,
-            (arena, packed, *tables, layout.block_tile, 2, torch.float32),
-        ),
+        (namespace.arena_compose, (*stored, coef)),
+        (namespace.arena_coef_grad, (*stored, 2, 0, torch.float32)),
     ):
         torch.library.opcheck(op.default, arguments)
 
@@ -592,7 +587,7 @@ def test_same_bits_for_any_number_of_threads(backend: str) -> None:
         leaf = coef.clone().requires_grad_()
         composed = ak.compose(base, deltas, leaf, backend=backend)
         gradient = torch.autograd.grad(composed, leaf, weights)
-        flat = bank_compose(arena, packed, leaf, layout, backend)
+        flat = differentiable(arena, (packed, None, 0), leaf, layout, backend)
         bank_gradient = torch.autograd.grad(flat, leaf, torch.sin(arena))
         return [*composed, *gradient, flat, *bank_gradient]
 
@@ -873,3 +868,44 @@ def test_an_empty_delta_of_another_shape_is_not_an_absent_one(backend: str) -> N
         ValueError, match=r"task vector 0, block 0 has shape \(0,\), expected \(2, 3\)"
     ):
         ak.compose(base, [[torch.empty(0)]], torch.zeros(1, 1), backend=backend)
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch", "cpp"])
+@pytest.mark.parametrize("place", ["base", "delta", "coef"])
+def test_a_meta_tensor_among_others_is_refused(backend: str, place: str) -> None:
+    """Offloaded checkpoints leave them behind; the dispatcher would take a fake for a kernel."""
+    if backend == "cpp":
+        need(backend)
+    base, delta, coef = [torch.ones(4, 4), torch.ones(3)], torch.zeros(4, 4), torch.ones(1, 2)
+    if place == "base":
+        base[1] = base[1].to("meta")
+    elif place == "delta":
+        delta = delta.to("meta")
+    else:
+        coef = coef.to("meta")
+    with pytest.raises(ValueError, match="meta"):
+        ak.compose(base, [[delta, torch.zeros(3)]], coef, backend=backend)
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpp"])
+def test_operators_refuse_a_meta_tensor_among_others(backend: str) -> None:
+    need(backend)
+    resolve(backend, "cpu", False)
+    operators = getattr(torch.ops, ops.namespace(backend))
+    layout = Layout.from_shapes([(5,)])
+    wide = torch.ones(layout.numel)
+    fields = [wide, wide, None, 0, *layout.tables, None]
+    for index in (0, 1, 4, 7):
+        mixed = [field.to("meta") if k == index else field for k, field in enumerate(fields)]
+        with pytest.raises(RuntimeError, match="two devices"):
+            operators.arena_compose(*mixed, torch.ones(1, 1))
+        with pytest.raises(RuntimeError, match="two devices"):
+            operators.arena_coef_grad(*mixed, 1, 0, torch.float32)
+    with pytest.raises(RuntimeError, match="two devices"):
+        operators.coef_grad([wide], [wide.to("meta")], torch.float32)
+
+
+@pytest.mark.parametrize("base", [{"w": torch.ones(2)}, torch.ones(2, 2)])
+def test_a_base_that_is_no_list_says_so(base: Any) -> None:
+    with pytest.raises(TypeError, match="expected a list of one tensor per block"):
+        ak.compose(base, [], torch.ones(0, 2))

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from arena import arena_coef_grad, arena_compose
 from tolerances import compose_error, dot_error, dot_errors
 from torch import Tensor
 
@@ -34,9 +35,9 @@ ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / "csrc" / "cuda"
 SHIM = Path(__file__).parent / "cuda_shim"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of kernels.h
-OPS = ("bank_compose", "bank_coef_grad", "compose", "coef_grad")
+OPS = ("arena_compose", "arena_coef_grad", "compose", "coef_grad")
 PACKED_OPS = ("packed_compose", "packed_coef_grad")
-PARTITION_OPS = ("partition_compose", "partition_coef_grad")
+PARTITION_OPS = ("group_compose", "group_coef_grad")
 OP_NUMBERS = (*OPS, *PACKED_OPS, *PARTITION_OPS)  # in the order of main.cpp
 SIZES = (0, 1, 13, 16, TILE, TILE + 1, 2 * TILE + 37)
 
@@ -102,7 +103,7 @@ class Case:
 
     def encode(self, op: str) -> bytes:
         header = [OP_NUMBERS.index(op)]
-        if op.startswith("bank"):
+        if op.startswith("arena"):
             lay, far = self.layout, self.far
             header += [DTYPES.index(self.base[0].dtype), DTYPES.index(self.delta_dtype), lay.numel]
             header += [len(lay.tile_block), len(self.base), len(self.deltas), self.skew, far]
@@ -141,7 +142,7 @@ class Case:
             values = unraw(content[:size], torch.float32).view(self.coef.shape)
             return list(values.T), size
         dtype = self.base[0].dtype
-        if op == "bank_compose":
+        if op == "arena_compose":
             size = self.layout.numel * dtype.itemsize
             flat = unraw(content[:size], dtype)
             assert flat.isfinite().all(), "padding must be written"
@@ -222,9 +223,8 @@ class PackedCase:
         chosen = torch.zeros_like(self.coef, dtype=torch.float64)
         chosen[vector] = 1
         nothing = torch.zeros(self.layout.numel, dtype=torch.float64)
-        tables = (self.layout.tile_block, self.layout.tile_offset)
         packed = (self.words, self.scales, self.codec.bits)
-        return reference.packed_compose(nothing, *packed, chosen, *tables)
+        return arena_compose(reference, nothing, packed, chosen, self.layout)
 
     def check(self, op: str, result: list[Tensor]) -> None:
         """Every value against float64."""
@@ -294,9 +294,9 @@ class PartitionCase:
 
     def decode(self, op: str, content: memoryview) -> tuple[list[Tensor], int]:
         """What is composed, as the other case has it, or the gradient; and the bytes it took."""
-        if op == "partition_compose":
+        if op == "group_compose":
             packed = isinstance(self.plain, PackedCase)
-            return self.plain.decode("packed_compose" if packed else "bank_compose", content)
+            return self.plain.decode("packed_compose" if packed else "arena_compose", content)
         size = 4 * self.coef.numel()
         return [unraw(content[:size], torch.float32).view(self.coef.shape)], size
 
@@ -310,9 +310,8 @@ class PartitionCase:
 
     def composed(self, base: Tensor, coef: Tensor) -> Tensor:
         """By the reference, in float64."""
-        lay = self.plain.layout
-        tables = (lay.tile_block, lay.tile_offset, self.tile_key)
-        return reference.partition_compose(base.double(), *self.stored(), coef.double(), *tables)
+        arguments = (base.double(), self.stored(), coef.double(), self.plain.layout, self.tile_key)
+        return arena_compose(reference, *arguments)
 
     def check(self, op: str, result: list[Tensor]) -> None:
         """Every value against the reference in float64."""
@@ -325,14 +324,13 @@ class PartitionCase:
         deltas = [
             self.composed(torch.zeros(lay.numel), unit.expand(-1, num_blocks, 1)) for unit in units
         ]
-        if op == "partition_compose":
+        if op == "group_compose":
             bound = compose_error(base, deltas, self.coef.flatten(1)[:, index])
             error = self.arena(result).double() - self.composed(base, self.coef)
             assert (error.abs() <= bound).all(), op
             return
-        tables = (lay.tile_offset, self.tile_key, lay.chunk_tile, lay.block_chunk)
-        sizes = (num_vectors, groups, torch.float64)
-        exact = reference.partition_coef_grad(base.double(), *self.stored(), *tables, *sizes)
+        arguments = (self.stored(), lay, num_vectors, self.tile_key, groups, torch.float64)
+        exact = arena_coef_grad(reference, base.double(), *arguments)
         for i, delta in enumerate(deltas):
             bound = dot_errors(base.double() * delta, index, num_blocks * groups)
             error = (result[0][i].double() - exact[i]).abs().flatten()
@@ -534,10 +532,10 @@ FAULTY_PACKED = (
 FAULTY_PARTITION = (
     (
         "    __syncthreads();\n    add(",
-        "    if (tile % 64 == 0 || partition.num_groups != 5) __syncthreads();\n    add(",
+        "    if (tile % 64 == 0 || groups.num_groups != 5) __syncthreads();\n    add(",
     ),
-    ("  __syncthreads();\n  for", "  if (partition.num_groups != 80) __syncthreads();\n  for"),
-    ("tile < end; ++tile", "tile < end - (partition.num_groups == 4096); ++tile"),
+    ("  __syncthreads();\n  for", "  if (groups.num_groups != 80) __syncthreads();\n  for"),
+    ("tile < end; ++tile", "tile < end - (groups.num_groups == 4096); ++tile"),
     (
         "(group + 1) * kTile + num_groups - 1",
         "(group + 1) * kTile + (num_groups == 1200 ? 0 : num_groups - 1)",
@@ -565,7 +563,7 @@ def programs(tmp_path_factory):
             "memory": pool.submit(shim.compile_kernels, "memory", *FAULTY_MEMORY),
             "logic": pool.submit(shim.compile_kernels, "logic", *FAULTY_LOGIC),
             "packed": pool.submit(shim.compile_kernels, "packed", *FAULTY_PACKED),
-            "partition": pool.submit(shim.compile_kernels, "partition", *FAULTY_PARTITION),
+            "groups": pool.submit(shim.compile_kernels, "groups", *FAULTY_PARTITION),
         }
     # The product's objects are complete by now.
     return shim, {
@@ -611,7 +609,7 @@ def test_bits_depend_neither_on_thread_order_nor_on_the_run(results, name):
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.ops == OPS])
 def test_bank_and_list_give_the_same_bits(results, name):
     for op in OPS[2:]:
-        assert bits(results[0][name, op]) == bits(results[0][name, f"bank_{op}"])
+        assert bits(results[0][name, op]) == bits(results[0][name, f"arena_{op}"])
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name.endswith("-shown")])
@@ -625,8 +623,8 @@ def test_every_code_decodes_exactly(results, name):
 def test_one_group_is_composed_as_a_block_is(results, name):
     plain = name.removesuffix("-in-1")
     if plain in CASES:
-        op = "packed_compose" if isinstance(CASES[plain], PackedCase) else "bank_compose"
-        assert bits(results[0][name, "partition_compose"]) == bits(results[0][plain, op])
+        op = "packed_compose" if isinstance(CASES[plain], PackedCase) else "arena_compose"
+        assert bits(results[0][name, "group_compose"]) == bits(results[0][plain, op])
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name.endswith("-slots")])
@@ -634,7 +632,7 @@ def test_slots_are_those_of_the_partition(results, name):
     """A coefficient is its slot's number, from one: whatever the delta, that is found again."""
     case = CASES[name]
     delta = case.composed(case.base, torch.ones_like(case.coef))
-    composed = case.arena(results[0][name, "partition_compose"])
+    composed = case.arena(results[0][name, "group_compose"])
     inside = delta != 0
     assert inside.sum() >= TILE
     found = (composed / delta).round().long() - 1
@@ -650,10 +648,10 @@ MEMORY_REPORTS = {
     "dropped mask": ("float32-float32-1", "compose", r"heap-buffer-overflow.*\nWRITE"),
     "misaligned vector": ("unaligned-full", "compose", "misaligned .* requires 16 byte alignment"),
     "32-bit offset in a list": ("far-list", "compose", "signed integer overflow"),
-    "32-bit offset in a bank": ("far-bank", "bank_compose", "SEGV|heap-buffer-overflow"),
+    "32-bit offset in a bank": ("far-bank", "arena_compose", "SEGV|heap-buffer-overflow"),
     "32-bit offset and groups": (
         "far-bank-in-5",
-        "partition_coef_grad",
+        "group_coef_grad",
         "SEGV|heap-buffer-overflow",
     ),
 }
@@ -668,7 +666,7 @@ def test_a_faulty_memory_access_is_found(programs, fault):
     assert re.search(report, done.stderr), done.stderr
 
 
-@pytest.mark.parametrize("op", ["bank_coef_grad", "coef_grad"])
+@pytest.mark.parametrize("op", ["arena_coef_grad", "coef_grad"])
 def test_a_missing_barrier_is_found(programs, op):
     shim, built = programs
     call = [("full-tiles", op)]
@@ -677,7 +675,7 @@ def test_a_missing_barrier_is_found(programs, op):
     assert forward != reverse
 
 
-@pytest.mark.parametrize("op", ["bank_compose", "compose"])
+@pytest.mark.parametrize("op", ["arena_compose", "compose"])
 def test_a_wrong_tile_map_is_found(programs, op):
     shim, built = programs
     name = "full-tiles"
@@ -714,9 +712,9 @@ def test_a_faulty_decoding_is_found(programs, name, op):
 def test_a_missing_barrier_between_tiles_is_found(programs):
     """The order of sums, and nothing else, then depends on that of threads."""
     shim, built = programs
-    name, op = call = "sign-chunks-in-5", "partition_coef_grad"
+    name, op = call = "sign-chunks-in-5", "group_coef_grad"
     done = [
-        shim.run(built["partition"], [call], order, f"-{name}") for order in ("forward", "reverse")
+        shim.run(built["groups"], [call], order, f"-{name}") for order in ("forward", "reverse")
     ]
     forward, reverse = (values[call] for _, values in done)
     CASES[name].check(op, forward)
@@ -726,23 +724,17 @@ def test_a_missing_barrier_between_tiles_is_found(programs):
 @pytest.mark.parametrize(
     ("name", "op"),
     [
-        pytest.param("sign-chunks-in-80", "partition_coef_grad", id="no barrier before groups"),
-        pytest.param("int8-bfloat16-3-in-4096", "partition_coef_grad", id="dropped tail"),
-        pytest.param(
-            "int8-bfloat16-3-in-1200", "partition_coef_grad", id="wrong bounds of a group"
-        ),
-        pytest.param("bfloat16-shown-slots", "partition_compose", id="wrong slots"),
-        pytest.param(
-            "float32-float32-1-in-5", "partition_coef_grad", id="wrong slots of a gradient"
-        ),
-        pytest.param(
-            "int4-bfloat16-3-in-5", "partition_compose", id="coefficients of another vector"
-        ),
+        pytest.param("sign-chunks-in-80", "group_coef_grad", id="no barrier before groups"),
+        pytest.param("int8-bfloat16-3-in-4096", "group_coef_grad", id="dropped tail"),
+        pytest.param("int8-bfloat16-3-in-1200", "group_coef_grad", id="wrong bounds of a group"),
+        pytest.param("bfloat16-shown-slots", "group_compose", id="wrong slots"),
+        pytest.param("float32-float32-1-in-5", "group_coef_grad", id="wrong slots of a gradient"),
+        pytest.param("int4-bfloat16-3-in-5", "group_compose", id="coefficients of another vector"),
     ],
 )
 def test_a_faulty_partition_is_found(programs, name, op):
     shim, built = programs
-    done, values = shim.run(built["partition"], [(name, op)], "forward", f"-{name}-{op}")
+    done, values = shim.run(built["groups"], [(name, op)], "forward", f"-{name}-{op}")
     assert done.returncode == 0, done.stderr
     with pytest.raises(AssertionError, match=op):
         CASES[name].check(op, values[name, op])
@@ -784,7 +776,7 @@ def max_registers(kernel: str) -> int:
 
     Or 512 threads, where each remembers the groups or slots of 32 elements.
     """
-    return 128 if "packed_partition" in kernel else 80
+    return 128 if "packed_group" in kernel else 80
 
 
 @pytest.fixture(scope="module")
@@ -870,7 +862,7 @@ def test_full_tiles_move_16_bytes_per_access(binary, architecture):
         assert not any(re.search(r"\b(ATOM|RED)", line) for line in code), f"{name} has atomics"
         # Coefficients of groups are gathered through the read-only path, nothing else is.
         gathers = any("LDG.E.CONSTANT" in line for line in code)
-        assert gathers == ("partition_compose" in name), f"{name} gathers"
+        assert gathers == ("group_compose" in name), f"{name} gathers"
         if "total_kernel" in name:
             continue
         # Only bulk loads carry the evict-first hint (EF), so none of them may be narrow.
@@ -897,7 +889,7 @@ def test_several_vectors_are_in_flight(binary):
     for 0.8 us on 148 multiprocessors (B200) is 43 KB.
     """
     for (architecture, name), code in kernels_of(binary.machine_code).items():
-        if re.search("total_kernel|Lb0E|packed|partition", name):
+        if re.search("total_kernel|Lb0E|packed|group", name):
             continue
         most = flight = 0
         for line in code:
@@ -957,7 +949,7 @@ MAX_GATHERING = {8: 9.7, 4: 8.6, 3: 12.2, 2: 8.4, 1: 8.4}
 def test_gathering_is_cheap(binary):
     checked = 0
     for (architecture, name), code in kernels_of(binary.machine_code).items():
-        packed = re.search(r"packed_partition_compose_kernelILi(\d)E", name)
+        packed = re.search(r"packed_group_compose_kernelILi(\d)E", name)
         if not packed:
             continue
         loop = loop_over_vectors(code)
@@ -978,7 +970,7 @@ def test_ptx_is_there_for_newer_devices(binary):
 
 def test_the_extension_loads_and_implements_every_operator(binary):
     code = (
-        "import torch; from atlas_kernels import ops\n"
+        "import torch; from atlas_kernels.ops import schema as ops\n"
         f"torch.ops.load_library({str(binary.path)!r})\n"
         "for name in ops.SCHEMAS:\n"
         "    qualified = f'{ops.namespace(\"cuda\")}::{name}'\n"

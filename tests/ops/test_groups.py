@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from arena import arena_coef_grad, arena_compose
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import CPU_BACKENDS, INTERPRETED, need, same_bits, shapes
@@ -14,10 +15,10 @@ from tolerances import compose_error, dot_error
 from torch import Tensor
 
 import atlas_kernels as ak
+from atlas_kernels.ops import reference
 from atlas_kernels.ops.codecs import CODECS
 from atlas_kernels.ops.groups import group_of, group_sums, slots, tile_keys
 from atlas_kernels.ops.layout import CHUNK_TILES, TILE, Layout
-from atlas_kernels.ops.reference import partition_coef_grad, partition_compose
 
 # In the interpreter these would take minutes; test_triton has smaller ones.
 BACKENDS = tuple(backend for backend in CPU_BACKENDS if backend not in INTERPRETED)
@@ -281,13 +282,9 @@ def test_reference_in_float64(codec: str) -> None:
     keys = tile_keys(bank.blocks, layout, 5)
     coef = torch.randn(3, 3, 7, dtype=torch.float64)
     zeros = torch.zeros(layout.numel, dtype=torch.float64)
-    tables = layout.tile_block, layout.tile_offset, keys
-    found = partition_compose(zeros, *stored, coef, *tables)
+    found = arena_compose(reference, zeros, stored, coef, layout, keys)
     grad = torch.randn(layout.numel, dtype=torch.float64)
-    chunks = layout.chunk_tile, layout.block_chunk
-    dots = partition_coef_grad(
-        grad, *stored, layout.tile_offset, keys, *chunks, 3, 7, torch.float64
-    )
+    dots = arena_coef_grad(reference, grad, stored, layout, 3, keys, 7, torch.float64)
     # Each is the transpose of the other.
     assert float((found * grad).sum()) == pytest.approx(float((coef * dots).sum()), rel=1e-12)
     deltas = deltas_of(bank)

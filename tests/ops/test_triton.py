@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from arena import arena_coef_grad, arena_compose
 from strategies import DTYPES, float64_sum, make, same_bits
 from tolerances import EPS, compose_error, dot_error
 from torch import Tensor
@@ -40,7 +41,6 @@ SHAPES = ((13,), (0,), (1,), (17, 3), (TILE,), (2, TILE + 8), (TILE + 1,))
 SPLIT = ((13,), (0,), (TILE + 1,))
 COUNTS = (0, 1, 2, 8, 9, 21)
 LAUNCHES = tuple((tile, warps) for tile in (1024, 2048, 4096) for warps in (4, 8))
-TABLES = ("tile_block", "tile_offset", "block_tile")
 PACKED = tuple(codec for codec in CODECS.values() if isinstance(codec, Packed))
 by_codec = pytest.mark.parametrize("codec", PACKED, ids=[codec.name for codec in PACKED])
 
@@ -78,9 +78,9 @@ def rows_of(layout: Layout, deltas: Tensor, count: int) -> list[tuple[Tensor, ..
 def check_bank(count: int, base_dtype: torch.dtype, delta_dtype: torch.dtype) -> None:
     """Both bank operators against the float64 oracle, block by block, and the reference."""
     layout, (base, deltas, coef, grad) = arenas(count, base_dtype, delta_dtype)
-    tables = (layout.tile_block, layout.tile_offset)
-    out = ops.bank_compose(base, deltas, coef, *tables)
-    dots = ops.bank_coef_grad(grad, deltas, *tables, layout.block_tile, count, F32)
+    stored = (deltas, None, 0)
+    out = arena_compose(ops, base, stored, coef, layout)
+    dots = arena_coef_grad(ops, grad, stored, layout, count)
     assert out.dtype == base_dtype
     assert dots.shape == (count, len(SHAPES))
     rows = rows_of(layout, deltas, count)
@@ -90,7 +90,7 @@ def check_bank(count: int, base_dtype: torch.dtype, delta_dtype: torch.dtype) ->
         check_close(result, block, column, coef[:, b])
         for i, delta in enumerate(column):
             check_dot(dots[i, b], grads[b], delta)
-    exact = reference.bank_compose(base, deltas, coef, *tables)
+    exact = arena_compose(reference, base, stored, coef, layout)
     # Padding included: it is zero, and stays so.
     assert (out.double() - exact.double()).abs().max() <= 0.05
 
@@ -177,9 +177,8 @@ def check_packed(codec: Packed, count: int, dtype: torch.dtype) -> None:
     """Both packed operators against the float64 oracle, block by block, and the reference."""
     layout, (base, words, scales, coef, grad) = packed_arenas(codec, count, dtype)
     stored = (words, scales, codec.bits)
-    tables = (layout.tile_block, layout.tile_offset)
-    out = ops.packed_compose(base, *stored, coef, *tables)
-    dots = ops.packed_coef_grad(grad, *stored, *tables, layout.block_tile, count, F32)
+    out = arena_compose(ops, base, stored, coef, layout)
+    dots = arena_coef_grad(ops, grad, stored, layout, count)
     assert dots.shape == (count, len(SHAPES))
     for b, (start, end) in enumerate(zip(layout.offsets, layout.offsets[1:], strict=False)):
         if count == 0:
@@ -196,7 +195,7 @@ def check_packed(codec: Packed, count: int, dtype: torch.dtype) -> None:
         for i, (row, factor) in enumerate(zip(column, factors, strict=True)):
             check_dot(dots[i, b], grad[start:end], codec.decode(row, factor))
     # The interpreter does not fuse, and so rounds as the reference does: padding included.
-    assert same_bits(out, reference.packed_compose(base, *stored, coef, *tables))
+    assert same_bits(out, arena_compose(reference, base, stored, coef, layout))
 
 
 def partitioned(
@@ -224,8 +223,7 @@ def partitioned(
 def partition_dots(
     layout: Layout, grad: Tensor, stored: Any, keys: Tensor, count: int, groups: int
 ) -> Tensor:
-    tables = (layout.tile_offset, keys, layout.chunk_tile, layout.block_chunk)
-    return ops.partition_coef_grad(grad, *stored, *tables, count, groups, F32)
+    return arena_coef_grad(ops, grad, stored, layout, count, keys, groups)
 
 
 def check_partition(
@@ -237,16 +235,14 @@ def check_partition(
 ) -> None:
     """Both operators: the composition bit for bit, the sums against float64 and decoded deltas."""
     layout, (base, coef, grad, keys), stored = partitioned(codec, count, groups, dtype, shapes)
-    tables = (layout.tile_block, layout.tile_offset, keys)
     # The interpreter does not fuse, and so rounds as the reference does.
-    out = ops.partition_compose(base, *stored, coef, *tables)
-    assert same_bits(out, reference.partition_compose(base, *stored, coef, *tables))
+    out = arena_compose(ops, base, stored, coef, layout, keys)
+    assert same_bits(out, arena_compose(reference, base, stored, coef, layout, keys))
     dots = partition_dots(layout, grad, stored, keys, count, groups)
     wide = codec.decode(*stored[:2])
     exact, magnitude = (
-        reference.partition_coef_grad(
-            *(part(grad), part(wide), None, 0, layout.tile_offset, keys),
-            *(layout.chunk_tile, layout.block_chunk, count, groups, torch.float64),
+        arena_coef_grad(
+            reference, part(grad), (part(wide), None, 0), layout, count, keys, groups, torch.float64
         )
         for part in (torch.Tensor.double, torch.Tensor.abs)
     )
@@ -326,8 +322,7 @@ def check_slots() -> None:
     slots = partition.slots(keys, TILE)
     coef = torch.arange(TILE).float().expand(1, tiles, TILE)
     ones = torch.ones(tiles * TILE)
-    tables = (layout.tile_block, layout.tile_offset, keys.int())
-    out = ops.partition_compose(0 * ones, ones, None, 0, coef, *tables)
+    out = arena_compose(ops, 0 * ones, (ones, None, 0), coef, layout, keys.int())
     assert torch.equal(out.long(), slots.flatten())
     elements = torch.arange(TILE).float().repeat(tiles)
     (dots,) = partition_dots(layout, elements, (ones, None, 0), keys.int(), 1, TILE)
@@ -345,27 +340,21 @@ def test_every_code_is_decoded_exactly(codec: Packed) -> None:
     # Every plane of a group, so every field of a word, has met every code.
     for plane in levels(words, codec.bits).view(-1, GROUP // 16, 16).unbind(1):
         assert plane.unique().numel() == 2**codec.bits
-    tables = (layout.tile_block, layout.tile_offset)
     zero, one = torch.zeros_like(base), torch.ones_like(coef)
-    out = ops.packed_compose(zero, words, scales, codec.bits, one, *tables)
+    out = arena_compose(ops, zero, (words, scales, codec.bits), one, layout)
     assert same_bits(out, codec.decode(words, scales))
 
 
 def test_no_blocks_and_no_elements() -> None:
     layout = Layout.from_shapes([(0,), (3, 0)])
     empty = torch.empty(0)
-    tables = (layout.tile_block, layout.tile_offset)
-    assert ops.bank_compose(empty, empty, torch.ones(2, 2), *tables).shape == (0,)
-    dots = ops.bank_coef_grad(empty, empty, *tables, layout.block_tile, 2, F32)
-    assert same_bits(dots, torch.zeros(2, 2))
-    stored = (torch.empty(0, dtype=torch.int32), torch.empty(0, dtype=BF16), 3)
-    assert ops.packed_compose(empty, *stored, torch.ones(2, 2), *tables).shape == (0,)
-    dots = ops.packed_coef_grad(empty, *stored, *tables, layout.block_tile, 2, F32)
-    assert same_bits(dots, torch.zeros(2, 2))
+    packed = (torch.empty(0, dtype=torch.int32), torch.empty(0, dtype=BF16), 3)
+    for stored in ((empty, None, 0), packed):
+        assert arena_compose(ops, empty, stored, torch.ones(2, 2), layout).shape == (0,)
+        assert same_bits(arena_coef_grad(ops, empty, stored, layout, 2), torch.zeros(2, 2))
     for codec in (CODECS["fp32"], PACKED[0]):
         layout, (base, coef, _, keys), stored = partitioned(codec, 2, 5, F32, ((0,), (3, 0)))
-        tables = (layout.tile_block, layout.tile_offset, keys)
-        assert ops.partition_compose(base, *stored, coef, *tables).shape == (0,)
+        assert arena_compose(ops, base, stored, coef, layout, keys).shape == (0,)
         dots = partition_dots(layout, base, stored, keys, 2, 5)
         assert same_bits(dots, torch.zeros(2, 2, 5))
     blocks = [torch.empty(0), torch.empty(3, 0)]
@@ -402,14 +391,14 @@ def test_every_launch_gives_the_same_bits(
     count = 2
     layout, (base, deltas, coef, _) = arenas(count, F32, BF16)
     blocks, foreign, coefs = lists(count, BF16, F16, "plain")
-    tables = (layout.tile_block, layout.tile_offset)
+    stored = (deltas, None, 0)
     expected = [
-        ops.bank_compose(base, deltas, coef, *tables),
+        arena_compose(ops, base, stored, coef, layout),
         *ops.compose(blocks, foreign, coefs),
     ]
     forced(monkeypatch, tile, warps, count if unrolled else 0)
     results = [
-        ops.bank_compose(base, deltas, coef, *tables),
+        arena_compose(ops, base, stored, coef, layout),
         *ops.compose(blocks, foreign, coefs),
     ]
     assert all(map(same_bits, results, expected))
@@ -417,16 +406,15 @@ def test_every_launch_gives_the_same_bits(
 
 def test_repeated_calls_give_the_same_bits() -> None:
     layout, (_, deltas, _, grad) = arenas(2, F32, BF16)
-    tables = (layout.tile_block, layout.tile_offset, layout.block_tile)
     base, foreign, _ = lists(2, None, None, "offset")
     small, (_, words, scales, _, wide) = packed_arenas(PACKED[0], 2, F32, ((TILE + 1,),))
-    small_tables = (small.tile_block, small.tile_offset, small.block_tile)
+    packed = (words, scales, PACKED[0].bits)
     split, (_, _, parts, keys), stored = partitioned(PACKED[0], 2, 5)
     calls: list[Callable[[], Tensor]] = [
         lambda: partition_dots(split, parts, stored, keys, 2, 5),
-        lambda: ops.bank_coef_grad(grad, deltas, *tables, 2, F32),
+        lambda: arena_coef_grad(ops, grad, (deltas, None, 0), layout, 2),
         lambda: ops.coef_grad(base, foreign, F32),
-        lambda: ops.packed_coef_grad(wide, words, scales, PACKED[0].bits, *small_tables, 2, F32),
+        lambda: arena_coef_grad(ops, wide, packed, small, 2),
     ]
     for call in calls:
         first = call()
@@ -444,36 +432,35 @@ def test_launches(monkeypatch: pytest.MonkeyPatch) -> None:
             launched.append(name)
             return getattr(self.module, name)
 
-    for module in ("kernels", "packed", "partition"):
+    for module in ("kernels", "packed", "groups"):
         monkeypatch.setattr(ops, module, Counting(getattr(ops, module)))
     layout, (base, deltas, coef, grad) = arenas(2, F32, BF16)
-    tables = (layout.tile_block, layout.tile_offset)
+    dense = (deltas, None, 0)
     blocks, foreign, coefs = lists(2, None, None, "offset")
     small, (values, words, scales, factors, wide) = packed_arenas(PACKED[0], 2, F32, ((13,), (7,)))
     stored = (words, scales, PACKED[0].bits)
-    small_tables = (small.tile_block, small.tile_offset)
     parts, keys = torch.ones(2, 2, 5), torch.zeros_like(small.tile_block)
     for call, names in (
-        (lambda: ops.bank_compose(base, deltas, coef, *tables), ["bank_compose_kernel"]),
+        (lambda: arena_compose(ops, base, dense, coef, layout), ["arena_compose_kernel"]),
         (
-            lambda: ops.bank_coef_grad(grad, deltas, *tables, layout.block_tile, 2, F32),
-            ["bank_partial_kernel", "sum_tiles_kernel"],
+            lambda: arena_coef_grad(ops, grad, dense, layout, 2),
+            ["arena_partial_kernel", "sum_tiles_kernel"],
         ),
         (
-            lambda: ops.packed_compose(values, *stored, factors, *small_tables),
+            lambda: arena_compose(ops, values, stored, factors, small),
             ["packed_compose_kernel"],
         ),
         (
-            lambda: ops.packed_coef_grad(wide, *stored, *small_tables, small.block_tile, 2, F32),
+            lambda: arena_coef_grad(ops, wide, stored, small, 2),
             ["packed_partial_kernel", "sum_tiles_kernel"],
         ),
         (
-            lambda: ops.partition_compose(values, *stored, parts, *small_tables, keys),
-            ["partition_compose_kernel"],
+            lambda: arena_compose(ops, values, stored, parts, small, keys),
+            ["group_compose_kernel"],
         ),
         (
             lambda: partition_dots(small, wide, stored, keys, 2, 5),
-            ["partition_partial_kernel", "partition_sum_kernel"],
+            ["group_partial_kernel", "group_sum_kernel"],
         ),
         (lambda: ops.compose(blocks, foreign, coefs), ["compose_kernel"]),
         (lambda: ops.coef_grad(blocks, foreign, F32), ["partial_kernel", "sum_tiles_kernel"]),
@@ -503,9 +490,9 @@ def test_launch_configuration(architecture: str, count: int) -> None:
         assert packed.tile == TILE == 4 * 8 * lanes * packed.num_warps
         assert packed.unroll == (4 if bits != 3 and lanes == 32 else 1)
     # Eight slots, or bfloat16 values in 128 bits, per thread.
-    split = config.partition(architecture)
+    split = config.groups(architecture)
     assert split.tile == TILE == 8 * lanes * split.num_warps
-    dense = config.partition(architecture, dense_forward=True)
+    dense = config.groups(architecture, dense_forward=True)
     assert dense.num_warps == split.num_warps // (2 if lanes == 32 else 1)
 
 
@@ -625,6 +612,10 @@ def fenced(tensor: Tensor) -> Tensor:
     return copy.copy_(tensor)
 
 
+def fenced_tables(layout: Layout) -> Layout:
+    return Layout(layout.shapes, layout.offsets, *map(fenced, layout.tables))
+
+
 def fence_allocations() -> None:
     """What is allocated from here on is fenced: for a process that ends soon."""
     empty, empty_like = torch.empty, torch.empty_like
@@ -636,10 +627,10 @@ def compute_between_fences() -> None:
     """All operators but the partitioned on tensors whose neighbours may not be touched."""
     fence_allocations()
     layout, (base, deltas, coef, grad) = arenas(2, F32, BF16)
-    tables = [fenced(getattr(layout, name)) for name in TABLES]
+    layout = fenced_tables(layout)
     base, deltas, coef, grad = map(fenced, (base, deltas, coef, grad))
-    ops.bank_compose(base, deltas, coef, *tables[:2])
-    ops.bank_coef_grad(grad, deltas, *tables, 2, F32)
+    arena_compose(ops, base, (deltas, None, 0), coef, layout)
+    arena_coef_grad(ops, grad, (deltas, None, 0), layout, 2)
     blocks, foreign, coefs = lists(2, None, BF16, "plain")
     blocks, foreign, coefs = [*map(fenced, blocks)], [*map(fenced, foreign)], fenced(coefs)
     ops.compose(blocks, foreign, coefs)
@@ -647,10 +638,9 @@ def compute_between_fences() -> None:
     for codec in PACKED:
         layout, tensors = packed_arenas(codec, 2, F32, ((1,), (TILE + 1,)))
         base, words, scales, coef, grad = map(fenced, tensors)
-        stored = (words, scales, codec.bits)
-        tables = [fenced(getattr(layout, name)) for name in TABLES]
-        ops.packed_compose(base, *stored, coef, *tables[:2])
-        ops.packed_coef_grad(grad, *stored, *tables, 2, F32)
+        stored, layout = (words, scales, codec.bits), fenced_tables(layout)
+        arena_compose(ops, base, stored, coef, layout)
+        arena_coef_grad(ops, grad, stored, layout, 2)
 
 
 def compute_partitions_between_fences() -> None:
@@ -662,12 +652,9 @@ def compute_partitions_between_fences() -> None:
         )
         base, coef, grad, keys = map(fenced, tensors)
         stored = (fenced(deltas), None if scales is None else fenced(scales), bits)
-        block, offset, chunk, first = (
-            fenced(getattr(layout, table))
-            for table in ("tile_block", "tile_offset", "chunk_tile", "block_chunk")
-        )
-        ops.partition_compose(base, *stored, coef, block, offset, keys)
-        ops.partition_coef_grad(grad, *stored, offset, keys, chunk, first, 2, 5, F32)
+        layout = fenced_tables(layout)
+        arena_compose(ops, base, stored, coef, layout, keys)
+        arena_coef_grad(ops, grad, stored, layout, 2, keys, 5)
 
 
 def status_of(function: Callable[[], None]) -> int:

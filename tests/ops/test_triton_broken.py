@@ -16,7 +16,7 @@ from test_triton_codegen import Compiled, Job
 
 pytestmark = values.pytestmark
 if importlib.util.find_spec("triton") is not None:
-    from atlas_kernels.ops.backends.triton import kernels, ops, packed, partition
+    from atlas_kernels.ops.backends.triton import groups, kernels, ops, packed
     from atlas_kernels.ops.codecs import CODECS
 
 BF16, F32 = torch.bfloat16, torch.float32
@@ -152,8 +152,8 @@ def test_wrong_packed_values_are_noticed(
 def test_wrong_partitions_are_noticed(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, old: str, new: str, codec: str
 ) -> None:
-    module = code.module_from(broken(tmp_path, partition, name, old, new))
-    monkeypatch.setattr(ops, "partition", module)
+    module = code.module_from(broken(tmp_path, groups, name, old, new))
+    monkeypatch.setattr(ops, "groups", module)
     with pytest.raises(AssertionError):
         values.check_partition(CODECS[codec], 2, 5)
 
@@ -173,10 +173,10 @@ def test_wrong_partitions_are_noticed(
         ("packed", "scale_mask", "mask=m_group, other=0", "mask=o_group >= 0, other=0"),
         ("packed", "plane_mask", "k * WORDS, mask=m, other=0", "k * WORDS"),
         ("packed", "packed_store_mask", "b_out, mask=m", "b_out"),
-        ("partition", "value_mask", "p_items + o, mask=m, other=0", "p_items + o"),
-        ("partition", "field_mask", "+ o % WORDS), mask=m, other=0", "+ o % WORDS)"),
+        ("groups", "value_mask", "p_items + o, mask=m, other=0", "p_items + o"),
+        ("groups", "field_mask", "+ o % WORDS), mask=m, other=0", "+ o % WORDS)"),
         (
-            "partition", "group_mask",
+            "groups", "group_mask",
             "b_sums, mask=tl.arange(0, GROUPS) < num_groups", "b_sums",
         ),
     ],
@@ -187,7 +187,7 @@ def test_stray_accesses_are_noticed(
     flawed = code.module_from(broken(tmp_path, getattr(ops, module), name, old, new))
     monkeypatch.setattr(ops, module, flawed)
     compute = values.compute_between_fences
-    if module == "partition":
+    if module == "groups":
         compute = values.compute_partitions_between_fences
     with pytest.raises(AssertionError):
         values.check_fences(compute)
@@ -196,13 +196,13 @@ def test_stray_accesses_are_noticed(
 FLAWS = {
     "offset_32": (
         "p_rows + i * length", "p_rows + i * length.to(tl.int32)", code.check_offsets,
-        ("bank_compose_kernel", "bank_partial_kernel"),
+        ("arena_compose_kernel", "arena_partial_kernel"),
     ),
     "length_hint": (
         "end = tl.multiple_of(tl.load(p_tile_offset + i_t + 1), 16)",
         "end = tl.load(p_tile_offset + i_t + 1)",
         code.check_widths,
-        ("bank_compose_kernel", "bank_partial_kernel"),
+        ("arena_compose_kernel", "arena_partial_kernel"),
     ),
     "address_hint": (
         "p_tensor = tl.multiple_of(p_tensor, 16)", "p_tensor = p_tensor", code.check_widths,
@@ -210,7 +210,7 @@ FLAWS = {
     ),
     "truncation": (
         "b_wide.to(DTYPE)", 'b_wide.to(DTYPE, fp_downcast_rounding="rtz")', code.check_rounding,
-        ("bank_compose_kernel", "compose_kernel"),
+        ("arena_compose_kernel", "compose_kernel"),
     ),
 }  # fmt: skip
 
@@ -236,11 +236,11 @@ PACKED_FLAWS = {
 PARTITION_FLAWS = {
     "partition_offset_32": (
         "stride = num_blocks.to(tl.int64) * num_groups", "stride = num_blocks * num_groups",
-        code.check_offsets, ("partition_compose_kernel",),
+        code.check_offsets, ("group_compose_kernel",),
     ),
     "partition_start_hint": (
         "tl.multiple_of(tl.load(p_tile_offset + i_t), 16)", "tl.load(p_tile_offset + i_t)",
-        code.check_partition_widths, ("partition_compose_kernel", "partition_partial_kernel"),
+        code.check_partition_widths, ("group_compose_kernel", "group_partial_kernel"),
     ),
 }  # fmt: skip
 
@@ -265,8 +265,8 @@ def test_flaws_of_the_code_are_noticed(tmp_path: Path) -> None:
             "sm_90",
             (9,),
             (("fp32", "int4"),),
-            str(broken(tmp_path, partition, name, old, new)),
-            "partition",
+            str(broken(tmp_path, groups, name, old, new)),
+            "groups",
         )
         for name, (old, new, _, _) in PARTITION_FLAWS.items()
     ]
@@ -281,7 +281,7 @@ def test_flaws_of_the_code_are_noticed(tmp_path: Path) -> None:
     results = results[len(PACKED_FLAWS) :]
     for (_, _, check, guilty), compiled in zip(PARTITION_FLAWS.values(), results, strict=True):
         assert noticed_in(compiled, check) == set(guilty)
-    assert noticed_in(crowded, code.check_spills) == {"bank_compose_kernel", "compose_kernel"}
+    assert noticed_in(crowded, code.check_spills) == {"arena_compose_kernel", "compose_kernel"}
 
 
 def noticed_in(compiled: list[Compiled], check: Callable[[Compiled], Any]) -> set[str]:

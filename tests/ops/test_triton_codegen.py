@@ -21,6 +21,7 @@ from typing import Any
 
 import pytest
 import torch
+from arena import arena_coef_grad, arena_compose
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 COUNTS = (1, 8, 21, 64)
@@ -36,7 +37,7 @@ PACKED_PAIRS = (*(("fp32", codec) for codec in CODECS), ("bf16", "sign"), ("bf16
 # Kernels for mixed dtypes have a branch per dtype and may take 96 on either.
 # Packed kernels keep the words of four vectors in flight: half the warps then keep as many bytes.
 CEILING = {"sm": 72, "gfx": 96, "mixed": 96, "packed sm": 120, "packed gfx": 124}
-PARTITION = ("partition_compose_kernel", "partition_partial_kernel", "partition_sum_kernel")
+PARTITION = ("group_compose_kernel", "group_partial_kernel", "group_sum_kernel")
 # Elements of which a thread holds a float32 in the loop of a packed kernel.
 HELD = 32
 # In that loop, per element and vector, at most 5 % above the most found. Three are the decoding and
@@ -54,14 +55,14 @@ INSTRUCTIONS = {
 # The same for partitioned coefficients: floating-point deltas, three bits, all other codecs. A slot
 # takes about five in each of four rounds, in the sums anew for every vector.
 PARTITIONED = {
-    ("partition_compose_kernel", "sm_80"): (6.2, 19.6, 16.1),
-    ("partition_compose_kernel", "sm_90"): (6.2, 19.7, 16.3),
-    ("partition_compose_kernel", "sm_100"): (6.5, 19.1, 16.3),
-    ("partition_compose_kernel", "gfx942"): (4.5, 16.3, 12.9),
-    ("partition_partial_kernel", "sm_80"): (34.0, 49.1, 47.2),
-    ("partition_partial_kernel", "sm_90"): (34.0, 49.8, 45.9),
-    ("partition_partial_kernel", "sm_100"): (34.6, 49.8, 45.5),
-    ("partition_partial_kernel", "gfx942"): (35.1, 50.4, 46.0),
+    ("group_compose_kernel", "sm_80"): (6.2, 19.6, 16.1),
+    ("group_compose_kernel", "sm_90"): (6.2, 19.7, 16.3),
+    ("group_compose_kernel", "sm_100"): (6.5, 19.1, 16.3),
+    ("group_compose_kernel", "gfx942"): (4.5, 16.3, 12.9),
+    ("group_partial_kernel", "sm_80"): (34.0, 49.1, 47.2),
+    ("group_partial_kernel", "sm_90"): (34.0, 49.8, 45.9),
+    ("group_partial_kernel", "sm_100"): (34.6, 49.8, 45.5),
+    ("group_partial_kernel", "gfx942"): (35.1, 50.4, 46.0),
 }
 
 pytestmark = pytest.mark.skipif(
@@ -220,10 +221,10 @@ def compile_all(job: Job) -> list[Compiled]:
     from triton.backends.compiler import GPUTarget
     from triton.runtime.driver import driver
 
-    from atlas_kernels.ops.backends.triton import config, kernels, ops, packed, partition
+    from atlas_kernels.ops.backends.triton import config, groups, kernels, ops, packed
     from atlas_kernels.ops.codecs import CODECS as BY_NAME
 
-    modules = {"kernels": kernels, "packed": packed, "partition": partition}
+    modules = {"kernels": kernels, "packed": packed, "groups": groups}
     if job.source is not None:
         modules[job.module] = module_from(Path(job.source))
     if job.launch is not None:
@@ -333,13 +334,12 @@ def launch_dense(ops: Any, base: str, delta: str, count: int) -> None:
     ops.coef_grad(blocks, deltas, torch.float32)
     if base != "mixed":
         layout = Layout.from_shapes([(5000,), (5000,)])
-        arena = torch.zeros(layout.numel, dtype=NAMES[base])
-        rows = torch.zeros(count * layout.numel, dtype=NAMES[delta])
-        tables = (layout.tile_block, layout.tile_offset)
-        ops.bank_compose(arena, rows, coef, *tables)
-        ops.bank_coef_grad(arena, rows, *tables, layout.block_tile, count, torch.float32)
+        wide = torch.zeros(layout.numel, dtype=NAMES[base])
+        stored = (torch.zeros(count * layout.numel, dtype=NAMES[delta]), None, 0)
+        arena_compose(ops, wide, stored, coef, layout)
+        arena_coef_grad(ops, wide, stored, layout, count)
         if "fp16" not in (base, delta):
-            launch_partition(ops, layout, arena, (rows, None, 0), count)
+            launch_groups(ops, layout, wide, stored, count)
 
 
 def launch_packed(ops: Any, dtype: torch.dtype, codec: Any, count: int) -> None:
@@ -347,23 +347,20 @@ def launch_packed(ops: Any, dtype: torch.dtype, codec: Any, count: int) -> None:
     from atlas_kernels.ops.layout import Layout
 
     layout = Layout.from_shapes([(5000,), (5000,)], codec.alignment)
-    arena = torch.zeros(layout.numel, dtype=dtype)
+    wide = torch.zeros(layout.numel, dtype=dtype)
     words = torch.zeros(codec.items(count * layout.numel), dtype=torch.int32)
     scales = torch.zeros(codec.scales(count * layout.numel), dtype=torch.bfloat16)
     stored = (words, scales, codec.bits)
-    tables = (layout.tile_block, layout.tile_offset)
-    ops.packed_compose(arena, *stored, torch.zeros(count, 2), *tables)
-    ops.packed_coef_grad(arena, *stored, *tables, layout.block_tile, count, torch.float32)
-    launch_partition(ops, layout, arena, stored, count)
+    arena_compose(ops, wide, stored, torch.zeros(count, 2), layout)
+    arena_coef_grad(ops, wide, stored, layout, count)
+    launch_groups(ops, layout, wide, stored, count)
 
 
-def launch_partition(ops: Any, layout: Any, arena: Any, stored: Any, count: int) -> None:
+def launch_groups(ops: Any, layout: Any, wide: Any, stored: Any, count: int) -> None:
     """Both operators on partitioned coefficients, with groups that are no power of two."""
     groups, keys = 80, torch.zeros_like(layout.tile_block)
-    coef = torch.zeros(count, 2, groups)
-    ops.partition_compose(arena, *stored, coef, layout.tile_block, layout.tile_offset, keys)
-    tables = (layout.tile_offset, keys, layout.chunk_tile, layout.block_chunk)
-    ops.partition_coef_grad(arena, *stored, *tables, count, groups, torch.float32)
+    arena_compose(ops, wide, stored, torch.zeros(count, 2, groups), layout, keys)
+    arena_coef_grad(ops, wide, stored, layout, count, keys, groups)
 
 
 def module_from(path: Path) -> Any:
@@ -382,8 +379,9 @@ def module_from(path: Path) -> Any:
 def compiled_elsewhere(*jobs: Job) -> list[list[Compiled]]:
     """`compile_all` for every job, in a process where Triton compiles."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    root = str(Path(__file__).parents[2])
-    environment["PYTHONPATH"] = os.pathsep.join([root, environment.get("PYTHONPATH", "")])
+    root = Path(__file__).parents[2]
+    folders = [str(root), str(root / "tests"), environment.get("PYTHONPATH", "")]
+    environment["PYTHONPATH"] = os.pathsep.join(folders)
     arguments = json.dumps([asdict(job) for job in jobs])
     run = subprocess.run(
         [sys.executable, __file__, arguments], env=environment, capture_output=True, text=True
@@ -412,9 +410,9 @@ def check_widths(it: Compiled) -> None:
     assert rest == 0, it
     assert rows > 0, it
     assert rows == it.unroll or not it.unroll, it
-    composes = it.kernel in ("bank_compose_kernel", "compose_kernel")
+    composes = it.kernel in ("arena_compose_kernel", "compose_kernel")
     assert it.wide("store") == (it.per_thread(it.base) if composes else 0), it
-    if it.kernel.startswith("bank"):
+    if it.kernel.startswith("arena"):
         # Two offsets, a block, and a coefficient per vector.
         assert it.narrow("load") <= 3 + rows, it
         assert it.narrow("store") == (0 if composes else 1), it
@@ -449,7 +447,7 @@ def words_per_vector(it: Compiled) -> int:
 
 def check_partition_widths(it: Compiled) -> None:
     """Only gathered coefficients and scales move less than 128 bits."""
-    if it.kernel == "partition_sum_kernel":
+    if it.kernel == "group_sum_kernel":
         assert it.wide("load") % 2 == 0, it
         assert it.wide("load") > 0, it
         # The first and the last chunk of a block.
@@ -458,7 +456,7 @@ def check_partition_widths(it: Compiled) -> None:
         held = it.tile // it.threads
         vectors = tiles_in_loop(it)
         assert vectors == int(vectors) > 0, it
-        composes = it.kernel == "partition_compose_kernel"
+        composes = it.kernel == "group_compose_kernel"
         written = it.per_thread(it.base if composes else "fp32")
         assert it.wide("store") == written, it
         assert it.narrow("store") == 0, it
@@ -478,7 +476,7 @@ def wide_per_tile(it: Compiled) -> int:
     """128-bit loads per thread and turn of a loop: of words once per element that they hold."""
     words = it.tile // it.threads // 4
     deltas = words * (1 + (it.delta == "int3")) if it.delta in CODECS else it.per_thread(it.delta)
-    return deltas + (it.per_thread(it.base) if it.kernel == "partition_partial_kernel" else 0)
+    return deltas + (it.per_thread(it.base) if it.kernel == "group_partial_kernel" else 0)
 
 
 def check_instructions(it: Compiled) -> None:
@@ -531,7 +529,7 @@ def everything() -> dict[str, list[Compiled]]:
 def test_code(everything: dict[str, list[Compiled]], architecture: str, check: Any) -> None:
     kernels = everything[architecture]
     assert {it.kernel for it in kernels} == {
-        "bank_compose_kernel", "bank_partial_kernel", "compose_kernel", "partial_kernel",
+        "arena_compose_kernel", "arena_partial_kernel", "compose_kernel", "partial_kernel",
         "packed_compose_kernel", "packed_partial_kernel", "sum_tiles_kernel", *PARTITION,
     }  # fmt: skip
     for it in kernels:
@@ -548,7 +546,7 @@ def test_one_binary_for_many_vectors(
     for (kernel, base, delta, _), hashes in binaries.items():
         assert len(hashes) == 1
         assert binaries[kernel, base, delta, 64] == binaries[kernel, base, delta, 21]
-        if "compose" not in kernel or kernel.startswith(("packed", "partition")):
+        if "compose" not in kernel or kernel.startswith(("packed", "group")):
             assert binaries[kernel, base, delta, 64] == binaries[kernel, base, delta, 1]
 
 

@@ -5,7 +5,7 @@
 #include <cstring>
 #include <vector>
 
-#include "../../csrc/cpu/kernels.h"
+#include "../../../csrc/cpu/kernels.h"
 
 namespace {
 
@@ -97,8 +97,8 @@ int main() {
           const StoredRows rows{items.data(), reinterpret_cast<const uint16_t*>(scales.data()),
                                 bits, dtype, num_rows};
           const GroupedCoef its{reinterpret_cast<const float*>(coef.data()), groups, groups};
-          kernels.partition_compose_tile(base.data(), out.data(), dtype, rows, its, 77u, length);
-          kernels.partition_dot_tile(base.data(), dtype, rows, 0, num_rows, 77u, length,
+          kernels.group_compose_tile(base.data(), out.data(), dtype, rows, its, 77u, length);
+          kernels.group_dot_tile(base.data(), dtype, rows, 0, num_rows, 77u, length,
                                      reinterpret_cast<float*>(sums.data()));
           ++runs;
         }

@@ -22,14 +22,14 @@ namespace {
 using namespace atlas_kernels;
 
 enum Op : int64_t {
-  kBankCompose,
-  kBankCoefGrad,
+  kArenaCompose,
+  kArenaCoefGrad,
   kCompose,
   kCoefGrad,
   kPackedCompose,
   kPackedCoefGrad,
-  kPartitionCompose,
-  kPartitionCoefGrad
+  kGroupCompose,
+  kGroupCoefGrad
 };
 
 class Array {
@@ -95,7 +95,7 @@ struct Tables {
 };
 
 // `far`: how many elements, left unmapped, the arena has before the first tile.
-void run_bank(Reader& in, std::ofstream& out, Op op) {
+void run_arena(Reader& in, std::ofstream& out, Op op) {
   const auto source_dtype = static_cast<Dtype>(in.number());
   const auto delta_dtype = static_cast<Dtype>(in.number());
   const int64_t numel = in.number(), tiles = in.number(), blocks = in.number();
@@ -107,15 +107,15 @@ void run_bank(Reader& in, std::ofstream& out, Op op) {
   const Bank bank = {tables.tiling,
                      {source.data() - bytes(far, source_dtype), source_dtype},
                      {deltas.data() - bytes(vectors * far, delta_dtype), delta_dtype}};
-  if (op == kBankCompose) {
+  if (op == kArenaCompose) {
     const Array composed(source.size(), bytes(skew, source_dtype));
-    check(bank_compose(bank, floats(tables.coef), composed.data() - bytes(far, source_dtype),
-                       nullptr));
+    check(arena_compose(bank, floats(tables.coef), composed.data() - bytes(far, source_dtype),
+                        nullptr));
     out.write(composed.data(), composed.size());
   } else {
     const Array partials(4 * vectors * tiles, 0), result(4 * vectors * blocks, 0);
-    check(bank_coef_grad(bank, integers(tables.block_tile), floats(partials), floats(result),
-                         nullptr));
+    check(arena_coef_grad(bank, integers(tables.block_tile), floats(partials), floats(result),
+                          nullptr));
     out.write(result.data(), result.size());
   }
 }
@@ -137,18 +137,18 @@ void run_packed(Reader& in, std::ofstream& out, Op op) {
       static_cast<int>(bits)};
   if (op == kPackedCompose) {
     const Array composed(source.size(), 0);
-    check(packed_compose(bank, floats(tables.coef), composed.data() - bytes(far, dtype), nullptr));
+    check(arena_compose(bank, floats(tables.coef), composed.data() - bytes(far, dtype), nullptr));
     out.write(composed.data(), composed.size());
   } else {
     const Array partials(4 * vectors * tiles, 0), result(4 * vectors * blocks, 0);
-    check(packed_coef_grad(bank, integers(tables.block_tile), floats(partials), floats(result),
-                           nullptr));
+    check(arena_coef_grad(bank, integers(tables.block_tile), floats(partials), floats(result),
+                          nullptr));
     out.write(result.data(), result.size());
   }
 }
 
 // Without bits, deltas of `delta_dtype`.
-void run_partition(Reader& in, std::ofstream& out, Op op) {
+void run_groups(Reader& in, std::ofstream& out, Op op) {
   const auto dtype = static_cast<Dtype>(in.number());
   const auto delta_dtype = static_cast<Dtype>(in.number());
   const int64_t bits = in.number(), numel = in.number(), tiles = in.number();
@@ -164,19 +164,19 @@ void run_partition(Reader& in, std::ofstream& out, Op op) {
   const Array tile_key = in.array(4 * tiles);
   const Array chunk_tile = in.array(4 * (chunks + 1)), block_chunk = in.array(4 * (blocks + 1));
 
-  const Partition partition = {integers(tile_key), static_cast<int>(groups)};
+  const Groups parted = {integers(tile_key), static_cast<int>(groups)};
   const Chunks parts = {integers(chunk_tile), integers(block_chunk), chunks};
   const auto run = [&](auto bank) {
-    if (op == kPartitionCompose) {
+    if (op == kGroupCompose) {
       const Array composed(source.size(), bytes(skew, dtype));
-      check(partition_compose(bank, partition, floats(tables.coef),
-                              composed.data() - bytes(far, dtype), nullptr));
+      check(arena_compose(bank, parted, floats(tables.coef), composed.data() - bytes(far, dtype),
+                          nullptr));
       out.write(composed.data(), composed.size());
     } else {
       bank.tile_block = nullptr;
       const Array partials(4 * chunks * vectors * groups, 0);
       const Array result(4 * vectors * blocks * groups, 0);
-      check(partition_coef_grad(bank, partition, parts, floats(partials), floats(result), nullptr));
+      check(arena_coef_grad(bank, parted, parts, floats(partials), floats(result), nullptr));
       out.write(result.data(), result.size());
     }
   };
@@ -234,12 +234,12 @@ int main(int argc, char** argv) {
   cuda_shim::reverse_order = std::string(argv[3]) == "reverse";
   while (!in.done()) {
     const auto op = static_cast<Op>(in.number());
-    if (op == kBankCompose || op == kBankCoefGrad) {
-      run_bank(in, out, op);
+    if (op == kArenaCompose || op == kArenaCoefGrad) {
+      run_arena(in, out, op);
     } else if (op == kPackedCompose || op == kPackedCoefGrad) {
       run_packed(in, out, op);
-    } else if (op == kPartitionCompose || op == kPartitionCoefGrad) {
-      run_partition(in, out, op);
+    } else if (op == kGroupCompose || op == kGroupCoefGrad) {
+      run_groups(in, out, op);
     } else {
       run_list(in, out, op);
     }

@@ -69,8 +69,8 @@ def packed(architecture: str, bits: int) -> Launch:
     return Launch(TILE, 128 // lanes, 4 if lanes == 32 and bits != 3 else 1)
 
 
-def partition(architecture: str, dense_forward: bool = False) -> Launch:
-    """The launch of either direction of partitioned coefficients, of any codec.
+def groups(architecture: str, dense_forward: bool = False) -> Launch:
+    """The launch of either direction of coefficients by group, of any codec.
 
     512 threads for a storage tile: each then has eight slots, and at most 64 registers on NVIDIA.
     Half as many threads took up to 127 and spilled, for a sixth fewer instructions per element; but

@@ -48,7 +48,7 @@ def _row(p_rows, i, length, o, m):
 
 
 @triton.jit(do_not_specialize=["num_vectors", "num_blocks"])
-def bank_compose_kernel(
+def arena_compose_kernel(
     p_base,
     p_deltas,
     p_coef,
@@ -88,7 +88,7 @@ def bank_compose_kernel(
 
 
 @triton.jit(do_not_specialize=["num_vectors", "num_tiles"])
-def bank_partial_kernel(
+def arena_partial_kernel(
     p_grad,
     p_deltas,
     p_tile_offset,

@@ -23,9 +23,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...arena import Arena
 from ...layout import TILE
 from ...schema import ABSENT
-from . import config, kernels, packed, partition
+from . import config, groups, kernels, packed
 
 _TRITON = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 _CODE = {
@@ -42,154 +43,87 @@ _LANES = 512
 _CACHED = 256
 
 
-def bank_compose(
-    base: Tensor, deltas: Tensor, coef: Tensor, tile_block: Tensor, tile_offset: Tensor
-) -> Tensor:
-    """`reference.bank_compose` in one launch."""
+def arena_compose(base: Tensor, *arguments: Any) -> Tensor:
+    """`reference.arena_compose` in one launch."""
+    *fields, coef = arguments
+    arena, coef = Arena(*fields), coef.contiguous()
     out = torch.empty_like(base)
-    num_vectors, num_blocks = coef.shape
-    num_tiles = tile_block.numel()
+    num_vectors, num_blocks = coef.shape[:2]
+    num_tiles = arena.tile_block.numel()
     if not num_tiles:
         return out
-    dtypes = (base.dtype, deltas.dtype) if num_vectors else (base.dtype,)
-    launch = config.forward(dtypes, num_vectors, _architecture(base.device))
+    tables = (arena.tile_block, arena.tile_offset)
+    architecture = _architecture(base.device)
     with _on(base.device):
-        kernels.bank_compose_kernel[(num_tiles * (TILE // launch.tile),)](
-            base, deltas, coef.contiguous(), tile_block, tile_offset, out, num_vectors, num_blocks,
-            TILE, launch.tile, launch.unroll, num_warps=launch.num_warps,
-        )  # fmt: skip
-    return out
-
-
-def bank_coef_grad(
-    grad: Tensor,
-    deltas: Tensor,
-    tile_block: Tensor,
-    tile_offset: Tensor,
-    block_tile: Tensor,
-    num_vectors: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    """`reference.bank_coef_grad` in two launches."""
-    num_tiles = tile_block.numel()
-    part = torch.empty((num_vectors, num_tiles), dtype=torch.float32, device=grad.device)
-    launch = config.BACKWARD
-    if part.numel():
-        with _on(grad.device):
-            kernels.bank_partial_kernel[(num_tiles,)](
-                grad.contiguous(), deltas, tile_offset, part, num_vectors, num_tiles,
-                launch.tile, num_warps=launch.num_warps,
+        if arena.tile_key is not None:
+            launch = config.groups(architecture, dense_forward=not arena.bits)
+            groups.group_compose_kernel[(num_tiles,)](
+                base, arena.deltas, arena.scales, coef, *tables, arena.tile_key, out,
+                num_vectors, num_blocks, coef.shape[2], arena.bits, launch.tile,
+                num_warps=launch.num_warps,
             )  # fmt: skip
-    return _sum_tiles(part, block_tile, dtype)
-
-
-def packed_compose(
-    base: Tensor,
-    words: Tensor,
-    scales: Tensor,
-    bits: int,
-    coef: Tensor,
-    tile_block: Tensor,
-    tile_offset: Tensor,
-) -> Tensor:
-    """`reference.packed_compose` in one launch."""
-    out = torch.empty_like(base)
-    num_vectors, num_blocks = coef.shape
-    num_tiles = tile_block.numel()
-    launch = config.packed(_architecture(base.device), bits)
-    if num_tiles:
-        with _on(base.device):
+        elif arena.bits:
+            launch = config.packed(architecture, arena.bits)
             packed.packed_compose_kernel[(num_tiles,)](
-                base, words, scales, coef.contiguous(), tile_block, tile_offset, out,
-                num_vectors, num_blocks, bits, launch.tile, launch.unroll,
-                num_warps=launch.num_warps,
+                base, arena.deltas, arena.scales, coef, *tables, out, num_vectors, num_blocks,
+                arena.bits, launch.tile, launch.unroll, num_warps=launch.num_warps,
+            )  # fmt: skip
+        else:
+            dtypes = (base.dtype, arena.deltas.dtype) if num_vectors else (base.dtype,)
+            launch = config.forward(dtypes, num_vectors, architecture)
+            kernels.arena_compose_kernel[(num_tiles * (TILE // launch.tile),)](
+                base, arena.deltas, coef, *tables, out, num_vectors, num_blocks,
+                TILE, launch.tile, launch.unroll, num_warps=launch.num_warps,
             )  # fmt: skip
     return out
 
 
-def packed_coef_grad(
-    grad: Tensor,
-    words: Tensor,
-    scales: Tensor,
-    bits: int,
-    tile_block: Tensor,
-    tile_offset: Tensor,
-    block_tile: Tensor,
-    num_vectors: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    """`reference.packed_coef_grad` in two launches."""
-    num_tiles = tile_block.numel()
+def arena_coef_grad(grad: Tensor, *arguments: Any) -> Tensor:
+    """`reference.arena_coef_grad` in two launches."""
+    *fields, num_vectors, num_groups, dtype = arguments
+    arena, grad = Arena(*fields), grad.contiguous()
+    if arena.tile_key is not None:
+        return _group_coef_grad(grad, arena, num_vectors, num_groups).to(dtype)
+    num_tiles = arena.tile_block.numel()
     part = torch.empty((num_vectors, num_tiles), dtype=torch.float32, device=grad.device)
-    launch = config.packed(_architecture(grad.device), bits)
     if part.numel():
         with _on(grad.device):
-            packed.packed_partial_kernel[(num_tiles,)](
-                grad.contiguous(), words, scales, tile_offset, part, num_vectors, num_tiles,
-                bits, launch.tile, num_warps=launch.num_warps,
-            )  # fmt: skip
-    return _sum_tiles(part, block_tile, dtype)
+            if arena.bits:
+                launch = config.packed(_architecture(grad.device), arena.bits)
+                packed.packed_partial_kernel[(num_tiles,)](
+                    grad, arena.deltas, arena.scales, arena.tile_offset, part, num_vectors,
+                    num_tiles, arena.bits, launch.tile, num_warps=launch.num_warps,
+                )  # fmt: skip
+            else:
+                launch = config.BACKWARD
+                kernels.arena_partial_kernel[(num_tiles,)](
+                    grad, arena.deltas, arena.tile_offset, part, num_vectors, num_tiles,
+                    launch.tile, num_warps=launch.num_warps,
+                )  # fmt: skip
+    return _sum_tiles(part, arena.block_tile, dtype)
 
 
-def partition_compose(
-    base: Tensor,
-    deltas: Tensor,
-    scales: Tensor | None,
-    bits: int,
-    coef: Tensor,
-    tile_block: Tensor,
-    tile_offset: Tensor,
-    tile_key: Tensor,
-) -> Tensor:
-    """`reference.partition_compose` in one launch."""
-    out = torch.empty_like(base)
-    num_vectors, num_blocks, groups = coef.shape
-    num_tiles = tile_block.numel()
-    launch = config.partition(_architecture(base.device), dense_forward=not bits)
-    if num_tiles:
-        with _on(base.device):
-            partition.partition_compose_kernel[(num_tiles,)](
-                base, deltas, scales, coef.contiguous(), tile_block, tile_offset, tile_key, out,
-                num_vectors, num_blocks, groups, bits, launch.tile, num_warps=launch.num_warps,
-            )  # fmt: skip
-    return out
-
-
-def partition_coef_grad(
-    grad: Tensor,
-    deltas: Tensor,
-    scales: Tensor | None,
-    bits: int,
-    tile_offset: Tensor,
-    tile_key: Tensor,
-    chunk_tile: Tensor,
-    block_chunk: Tensor,
-    num_vectors: int,
-    groups: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    """`reference.partition_coef_grad` in two launches."""
-    num_chunks, num_blocks = chunk_tile.numel() - 1, block_chunk.numel() - 1
-    launch = config.partition(_architecture(grad.device))
-    part = torch.empty(
-        (num_chunks, num_vectors, launch.tile), dtype=torch.float32, device=grad.device
-    )
-    if part.numel():
-        with _on(grad.device):
-            partition.partition_partial_kernel[(num_chunks * num_vectors,)](
-                grad.contiguous(), deltas, scales, tile_offset, tile_key, chunk_tile, part,
-                num_vectors, bits, launch.tile, num_warps=launch.num_warps,
-            )  # fmt: skip
-    result = torch.empty((num_vectors, num_blocks, groups), dtype=torch.float32, device=grad.device)
-    if result.numel():
-        with _on(grad.device):
-            partition.partition_sum_kernel[(num_vectors * num_blocks,)](
-                part, block_chunk, result, num_vectors, num_blocks, groups, launch.tile,
-                triton.next_power_of_2(groups),
-                triton.next_power_of_2(triton.cdiv(launch.tile, groups)),
+def _group_coef_grad(grad: Tensor, arena: Arena, num_vectors: int, num_groups: int) -> Tensor:
+    num_chunks, num_blocks = arena.chunk_tile.numel() - 1, arena.num_blocks
+    launch = config.groups(_architecture(grad.device))
+    options: Any = {"dtype": torch.float32, "device": grad.device}
+    part = torch.empty((num_chunks, num_vectors, launch.tile), **options)
+    result = torch.empty((num_vectors, num_blocks, num_groups), **options)
+    with _on(grad.device):
+        if part.numel():
+            groups.group_partial_kernel[(num_chunks * num_vectors,)](
+                grad, arena.deltas, arena.scales, arena.tile_offset, arena.tile_key,
+                arena.chunk_tile, part, num_vectors, arena.bits, launch.tile,
                 num_warps=launch.num_warps,
             )  # fmt: skip
-    return result.to(dtype)
+        if result.numel():
+            groups.group_sum_kernel[(num_vectors * num_blocks,)](
+                part, arena.block_chunk, result, num_vectors, num_blocks, num_groups, launch.tile,
+                triton.next_power_of_2(num_groups),
+                triton.next_power_of_2(triton.cdiv(launch.tile, num_groups)),
+                num_warps=launch.num_warps,
+            )  # fmt: skip
+    return result
 
 
 def compose(base: Sequence[Tensor], deltas: Sequence[Tensor], coef: Tensor) -> list[Tensor]:
@@ -263,7 +197,7 @@ def _dtypes(tensors: Sequence[Tensor]) -> set[torch.dtype]:
 def _check(base: Sequence[Tensor], deltas: Sequence[Tensor], dtypes: set[torch.dtype]) -> None:
     """Raises unless the kernels can compose these, by as few steps of Python as may be.
 
-    `compose.check` finds the words.
+    `composition.check` finds the words.
     """
     if not _CODE.keys() >= dtypes:
         raise TypeError("expected float32, bfloat16 or float16")

@@ -2,7 +2,7 @@
 # are joined by sums alone.
 # ruff: noqa: N803, RUF005
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,assignment"
-"""The Triton kernels for partitioned coefficients (`atlas_kernels.partition`), of any codec.
+"""The Triton kernels for coefficients of groups (`ops.groups`), of any codec.
 
 Names as in `kernels`, and h_ for words of a hash (uint32), whose products wrap on purpose. A
 program holds a storage tile of TILE elements as [TILE / GROUP, GROUP], a row for every scale. BITS
@@ -126,7 +126,7 @@ def _scales(p_scales, num_scales, TILE: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["num_vectors", "num_blocks", "num_groups"])
-def partition_compose_kernel(
+def group_compose_kernel(
     p_base,
     p_deltas,
     p_scales,
@@ -169,7 +169,7 @@ def partition_compose_kernel(
 
 
 @triton.jit(do_not_specialize=["num_vectors"])
-def partition_partial_kernel(
+def group_partial_kernel(
     p_grad,
     p_deltas,
     p_scales,
@@ -210,7 +210,7 @@ def partition_partial_kernel(
 
 
 @triton.jit(do_not_specialize=["num_vectors", "num_blocks", "num_groups"])
-def partition_sum_kernel(
+def group_sum_kernel(
     p_part,
     p_block_chunk,
     p_out,

@@ -93,8 +93,8 @@ void for_row(const StoredRows& rows, int64_t row, int64_t length, const Work& wo
   }
 }
 
-void partition_compose_tile(const void* base, void* out, DType dtype, const StoredRows& rows,
-                            const GroupedCoef& coef, uint32_t key, int64_t length) {
+void group_compose_tile(const void* base, void* out, DType dtype, const StoredRows& rows,
+                        const GroupedCoef& coef, uint32_t key, int64_t length) {
   alignas(64) float buffer[kTile];
   alignas(64) uint16_t group[kTile];
   slots_of_tile(key, group);
@@ -112,8 +112,8 @@ void partition_compose_tile(const void* base, void* out, DType dtype, const Stor
   from_float(sum, out, dtype, length);
 }
 
-void partition_dot_tile(const void* grad, DType dtype, const StoredRows& rows, int64_t first,
-                        int64_t count, uint32_t key, int64_t length, float* by_slot) {
+void group_dot_tile(const void* grad, DType dtype, const StoredRows& rows, int64_t first,
+                    int64_t count, uint32_t key, int64_t length, float* by_slot) {
   alignas(64) float buffer[kTile];
   // Zero where a shorter tile has no elements.
   alignas(64) float products[kTile] = {};

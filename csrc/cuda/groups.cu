@@ -1,4 +1,4 @@
-// The kernels for coefficients of groups, which `partition.py` defines.
+// The kernels for coefficients of groups, which `ops/groups.py` defines.
 //
 // Composition is that of the other kernels, but for coefficients that are gathered: a thread
 // computes the groups of its elements once and looks them up for every vector. For the gradient a
@@ -47,7 +47,7 @@ class Slots {
 
 // Per multiprocessor: at most 128 registers, for a thread of packed deltas remembers where each of
 // its 32 elements belongs.
-constexpr int kPackedPartitionBlocks = 4;
+constexpr int kPackedGroupBlocks = 4;
 
 // A number of each of a thread's elements.
 using DenseNumbers = int[kPasses][kVector];
@@ -81,14 +81,14 @@ class OfGroups {
   static constexpr bool kGathers = true;
 
   __device__ __forceinline__ OfGroups(const int (&slots)[kRows][kPerRow], const Tiling& tiling,
-                                      const Partition& partition, const float* coef)
-      : first_(coef + static_cast<int64_t>(tiling.tile_block[blockIdx.x]) * partition.num_groups),
-        stride_(tiling.num_blocks * partition.num_groups) {
+                                      const Groups& groups, const float* coef)
+      : first_(coef + static_cast<int64_t>(tiling.tile_block[blockIdx.x]) * groups.num_groups),
+        stride_(tiling.num_blocks * groups.num_groups) {
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
 #pragma unroll
       for (int k = 0; k < kPerRow; ++k) {
-        const uint32_t group = slots[row][k] * partition.num_groups >> kSlotBits;
+        const uint32_t group = slots[row][k] * groups.num_groups >> kSlotBits;
         offsets_[row][k] = group * sizeof(float);
       }
     }
@@ -120,12 +120,11 @@ class OfGroups {
 
 template <Dtype kDelta>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
-    partition_compose_kernel(const Bank bank, const Partition partition, const float* coef,
-                             void* composed) {
+    group_compose_kernel(const Bank bank, const Groups groups, const float* coef, void* composed) {
   const Tile<Interleaved<kDelta>> tile = tile_of<kDelta>(bank, blockIdx.x);
   DenseNumbers slots;
-  find_slots(Slots(partition.tile_key[blockIdx.x]), slots);
-  const OfGroups coefs(slots, bank, partition, coef);
+  find_slots(Slots(groups.tile_key[blockIdx.x]), slots);
+  const OfGroups coefs(slots, bank, groups, coef);
   const Dtype dtype = bank.source.dtype;
   void* target = const_cast<void*>(advance(composed, bank.tile_offset[blockIdx.x], dtype));
   if (is_full(tile) && is_aligned(target)) {
@@ -136,14 +135,14 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
 }
 
 template <int kBits>
-__global__ void __launch_bounds__(kPackedThreads, kPackedPartitionBlocks)
-    packed_partition_compose_kernel(const PackedBank bank, const Partition partition,
-                                    const float* coef, void* composed) {
+__global__ void __launch_bounds__(kPackedThreads, kPackedGroupBlocks)
+    packed_group_compose_kernel(const PackedBank bank, const Groups groups, const float* coef,
+                                void* composed) {
   const Spot at = spot_of(bank, blockIdx.x);
   if (!at.exists) return;
   PackedNumbers slots;
-  find_slots(Slots(partition.tile_key[blockIdx.x]), at, slots);
-  const OfGroups coefs(slots, bank, partition, coef);
+  find_slots(Slots(groups.tile_key[blockIdx.x]), at, slots);
+  const OfGroups coefs(slots, bank, groups, coef);
   compose_tile<kBits>(bank, at, coefs, composed);
 }
 
@@ -258,7 +257,7 @@ __device__ __forceinline__ void sum_groups(const float (&sums)[kTile], int num_g
 
 // partials[chunk, i, g], of this block's share. `add(tile, share)` adds a tile's products up.
 template <typename Add>
-__device__ __forceinline__ void sum_chunk(const Tiling& tiling, const Partition& partition,
+__device__ __forceinline__ void sum_chunk(const Tiling& tiling, const Groups& groups,
                                           const Chunks& chunks, const Add& add, SlotSums& sums,
                                           float* partials) {
   const Share share = share_of(tiling);
@@ -275,43 +274,43 @@ __device__ __forceinline__ void sum_chunk(const Tiling& tiling, const Partition&
   __syncthreads();
   for (int v = 0; v < share.count; ++v) {
     const int64_t row = share.chunk * tiling.num_vectors + share.first + v;
-    sum_groups(sums[v], partition.num_groups, partials + row * partition.num_groups);
+    sum_groups(sums[v], groups.num_groups, partials + row * groups.num_groups);
   }
 }
 
 template <Dtype kDelta>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
-    partition_partials_kernel(const Bank bank, const Partition partition, const Chunks chunks,
-                              float* partials) {
+    group_partials_kernel(const Bank bank, const Groups groups, const Chunks chunks,
+                          float* partials) {
   __shared__ SlotSums sums;
   const auto add = [&](int64_t number, const Share& share) {
     const Tile<Interleaved<kDelta>> tile = tile_of<kDelta>(bank, number);
-    const Slots slots(partition.tile_key[number]);
+    const Slots slots(groups.tile_key[number]);
     if (is_full(tile)) {
       add_tile<true>(tile, slots, share, sums);
     } else {
       add_tile<false>(tile, slots, share, sums);
     }
   };
-  sum_chunk(bank, partition, chunks, add, sums, partials);
+  sum_chunk(bank, groups, chunks, add, sums, partials);
 }
 
 template <int kBits>
-__global__ void __launch_bounds__(kPackedThreads, kPackedPartitionBlocks)
-    packed_partition_partials_kernel(const PackedBank bank, const Partition partition,
-                                     const Chunks chunks, float* partials) {
+__global__ void __launch_bounds__(kPackedThreads, kPackedGroupBlocks)
+    packed_group_partials_kernel(const PackedBank bank, const Groups groups, const Chunks chunks,
+                                 float* partials) {
   __shared__ SlotSums sums;
   const auto add = [&](int64_t tile, const Share& share) {
-    const Slots slots(partition.tile_key[tile]);
+    const Slots slots(groups.tile_key[tile]);
     add_tile<kBits>(bank, spot_of(bank, tile), slots, share, sums);
   };
-  sum_chunk(bank, partition, chunks, add, sums, partials);
+  sum_chunk(bank, groups, chunks, add, sums, partials);
 }
 
 // One thread per vector, block and group. `row`: partial sums of one chunk.
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
-    partition_total_kernel(const float* partials, const int32_t* block_chunk, int64_t num_blocks,
-                           int64_t num_groups, int64_t row, int64_t count, float* coef_grad) {
+    group_total_kernel(const float* partials, const int32_t* block_chunk, int64_t num_blocks,
+                       int64_t num_groups, int64_t row, int64_t count, float* coef_grad) {
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (index >= count) return;
   const int64_t block = index / num_groups % num_blocks;
@@ -324,109 +323,55 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   coef_grad[index] = static_cast<float>(sum);
 }
 
-using ComposeKernel = void (*)(Bank, Partition, const float*, void*);
-using PartialsKernel = void (*)(Bank, Partition, Chunks, float*);
-using PackedComposeKernel = void (*)(PackedBank, Partition, const float*, void*);
-using PackedPartialsKernel = void (*)(PackedBank, Partition, Chunks, float*);
-
-ComposeKernel compose_of(Dtype delta) {
-  switch (delta) {
-    case Dtype::kBFloat16:
-      return partition_compose_kernel<Dtype::kBFloat16>;
-    case Dtype::kFloat16:
-      return partition_compose_kernel<Dtype::kFloat16>;
-    default:
-      return partition_compose_kernel<Dtype::kFloat32>;
-  }
-}
-
-PartialsKernel partials_of(Dtype delta) {
-  switch (delta) {
-    case Dtype::kBFloat16:
-      return partition_partials_kernel<Dtype::kBFloat16>;
-    case Dtype::kFloat16:
-      return partition_partials_kernel<Dtype::kFloat16>;
-    default:
-      return partition_partials_kernel<Dtype::kFloat32>;
-  }
-}
-
-PackedComposeKernel packed_compose_of(int bits) {
-  switch (bits) {
-    case 1:
-      return packed_partition_compose_kernel<1>;
-    case 2:
-      return packed_partition_compose_kernel<2>;
-    case 3:
-      return packed_partition_compose_kernel<3>;
-    case 4:
-      return packed_partition_compose_kernel<4>;
-    default:
-      return packed_partition_compose_kernel<8>;
-  }
-}
-
-PackedPartialsKernel packed_partials_of(int bits) {
-  switch (bits) {
-    case 1:
-      return packed_partition_partials_kernel<1>;
-    case 2:
-      return packed_partition_partials_kernel<2>;
-    case 3:
-      return packed_partition_partials_kernel<3>;
-    case 4:
-      return packed_partition_partials_kernel<4>;
-    default:
-      return packed_partition_partials_kernel<8>;
-  }
-}
-
 // Both stages of the gradient.
 template <typename AnyBank>
-cudaError_t sum_partition(void (*kernel)(AnyBank, Partition, Chunks, float*), int num_threads,
-                          const AnyBank& bank, const Partition& partition, const Chunks& chunks,
-                          float* partials, float* coef_grad, cudaStream_t stream) {
-  const int64_t row = bank.num_vectors * partition.num_groups;
+cudaError_t group_stages(void (*kernel)(AnyBank, Groups, Chunks, float*), int num_threads,
+                         const AnyBank& bank, const Groups& groups, const Chunks& chunks,
+                         float* partials, float* coef_grad, cudaStream_t stream) {
+  const int64_t row = bank.num_vectors * groups.num_groups;
   const int64_t count = row * bank.num_blocks;
   if (count == 0) return cudaSuccess;
   if (chunks.num_chunks > 0) {
     const int64_t shares = chunks.num_chunks * ceil_div(bank.num_vectors, kVectorsAtOnce);
     const cudaError_t error =
-        launch(kernel, shares, num_threads, stream, bank, partition, chunks, partials);
+        launch(kernel, shares, num_threads, stream, bank, groups, chunks, partials);
     if (error != cudaSuccess) return error;
   }
-  return launch(partition_total_kernel, ceil_div(count, kThreads), kThreads, stream, partials,
-                chunks.block_chunk, bank.num_blocks, static_cast<int64_t>(partition.num_groups),
-                row, count, coef_grad);
+  return launch(group_total_kernel, ceil_div(count, kThreads), kThreads, stream, partials,
+                chunks.block_chunk, bank.num_blocks, static_cast<int64_t>(groups.num_groups), row,
+                count, coef_grad);
 }
 
 }  // namespace
 
-cudaError_t partition_compose(const Bank& bank, const Partition& partition, const float* coef,
-                              void* composed, cudaStream_t stream) {
+cudaError_t arena_compose(const Bank& bank, const Groups& groups, const float* coef, void* composed,
+                          cudaStream_t stream) {
   if (bank.num_tiles == 0) return cudaSuccess;
-  return launch(compose_of(bank.deltas.dtype), bank.num_tiles, kThreads, stream, bank, partition,
-                coef, composed);
+  const auto kernel = for_dtype(
+      bank.deltas.dtype, [](auto dtype) { return group_compose_kernel<decltype(dtype)::value>; });
+  return launch(kernel, bank.num_tiles, kThreads, stream, bank, groups, coef, composed);
 }
 
-cudaError_t partition_compose(const PackedBank& bank, const Partition& partition, const float* coef,
-                              void* composed, cudaStream_t stream) {
+cudaError_t arena_compose(const PackedBank& bank, const Groups& groups, const float* coef,
+                          void* composed, cudaStream_t stream) {
   if (bank.num_tiles == 0) return cudaSuccess;
-  return launch(packed_compose_of(bank.bits), bank.num_tiles, kPackedThreads, stream, bank,
-                partition, coef, composed);
+  const auto kernel = for_bits(
+      bank.bits, [](auto bits) { return packed_group_compose_kernel<decltype(bits)::value>; });
+  return launch(kernel, bank.num_tiles, kPackedThreads, stream, bank, groups, coef, composed);
 }
 
-cudaError_t partition_coef_grad(const Bank& bank, const Partition& partition, const Chunks& chunks,
-                                float* partials, float* coef_grad, cudaStream_t stream) {
-  return sum_partition(partials_of(bank.deltas.dtype), kThreads, bank, partition, chunks, partials,
-                       coef_grad, stream);
+cudaError_t arena_coef_grad(const Bank& bank, const Groups& groups, const Chunks& chunks,
+                            float* partials, float* coef_grad, cudaStream_t stream) {
+  const auto kernel = for_dtype(
+      bank.deltas.dtype, [](auto dtype) { return group_partials_kernel<decltype(dtype)::value>; });
+  return group_stages(kernel, kThreads, bank, groups, chunks, partials, coef_grad, stream);
 }
 
-cudaError_t partition_coef_grad(const PackedBank& bank, const Partition& partition,
-                                const Chunks& chunks, float* partials, float* coef_grad,
-                                cudaStream_t stream) {
-  return sum_partition(packed_partials_of(bank.bits), kPackedThreads, bank, partition, chunks,
-                       partials, coef_grad, stream);
+cudaError_t arena_coef_grad(const PackedBank& bank, const Groups& groups, const Chunks& chunks,
+                            float* partials, float* coef_grad, cudaStream_t stream) {
+  const auto kernel = for_bits(
+      bank.bits, [](auto bits) { return packed_group_partials_kernel<decltype(bits)::value>; });
+  return group_stages(kernel, kPackedThreads, bank, groups, chunks, partials, coef_grad, stream);
 }
 
 }  // namespace atlas_kernels
