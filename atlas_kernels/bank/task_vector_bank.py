@@ -342,6 +342,11 @@ class TaskVectorBank:
             if not self.origin.checksums:
                 self._verify_base()
 
+    def check_unchanged(self) -> None:
+        """Raises FileFormatError if the file that is mapped was overwritten in place (``cp``)."""
+        if self.origin is not None and not torch.compiler.is_compiling():
+            self.origin.check_unchanged()
+
     def save(self, path: str | Path) -> None:
         """Writes one safetensors file, with checksums of all of it.
 
@@ -363,8 +368,7 @@ class TaskVectorBank:
     ) -> dict[str, Tensor]:
         """The blocks that segments like the bank's own compose, in the bank's order."""
         check_coef(coef, len(self.names), len(self.blocks), self.device, partitions=True)
-        if self.origin is not None and not torch.compiler.is_compiling():
-            self.origin.check_unchanged()
+        self.check_unchanged()
         # Here, so that a gradient from several segments is summed before it is rounded.
         coef = coef.to(torch.float32)
         composed: dict[str, Tensor] = {}

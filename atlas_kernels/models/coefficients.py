@@ -17,9 +17,21 @@ _KIND = "coefficients"
 
 
 @dataclass(frozen=True)
-class _Header:
-    """What the file says beside the coefficients."""
+class Coefficients:
+    """Coefficients as their file has them.
 
+    Attributes:
+        values: (N, B), (N,) or (N, B, K), finite floats.
+        names: the N task vectors.
+        blocks: the B blocks.
+        base: a fingerprint of the base that they were learned on.
+        seed: of the partition, 0 if there is none.
+
+    Raises:
+        ValueError: they contradict each other.
+    """
+
+    values: Tensor
     names: tuple[str, ...]
     blocks: tuple[str, ...]
     base: str
@@ -30,17 +42,29 @@ class _Header:
         check_unique("blocks", self.blocks)
         if not -(2**63) <= self.seed < 2**63:
             raise ValueError(f"its seed {self.seed} is no integer of 64 bits")
-
-    def check(self, coef: Tensor) -> None:
-        """Raises ValueError if these are no coefficients of such task vectors and blocks."""
-        expected = (len(self.names), len(self.blocks))[: coef.dim()]
-        if coef.dim() not in (1, 2, 3) or tuple(coef.shape[:2]) != expected:
+        values = self.values
+        expected = (len(self.names), len(self.blocks))[: values.dim()]
+        if values.dim() not in (1, 2, 3) or tuple(values.shape[:2]) != expected:
             raise ValueError(
-                f"its coefficients have shape {tuple(coef.shape)}, expected {len(self.names)} task "
-                f"vectors, {len(self.blocks)} blocks"
+                f"its coefficients have shape {tuple(values.shape)}, expected {len(self.names)} "
+                f"task vectors, {len(self.blocks)} blocks"
             )
-        if not coef.is_floating_point() or not bool(torch.isfinite(coef).all()):
-            raise ValueError(f"its coefficients are not all finite, or no floats ({coef.dtype})")
+        if not values.is_floating_point() or not bool(torch.isfinite(values).all()):
+            raise ValueError(f"its coefficients are not all finite, or no floats ({values.dtype})")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Coefficients:
+        """Reads what `write_coefficients` wrote, whatever the bank.
+
+        Raises:
+            FileNotFoundError, FileFormatError: there is no such file, or it holds no coefficients.
+        """
+        tensors, fields = read_tensors(path, _KIND, mmap=False)
+        with parts_of(path):
+            found = parsed(cls, {**fields, "values": tensors["coef"]})
+            if found.values.dim() == 3 and "seed" not in fields:
+                raise ValueError("it lacks the seed of its partition")
+        return found
 
 
 def write_coefficients(path: str | Path, coef: Tensor, bank: TaskVectorBank, seed: int = 0) -> None:
@@ -63,15 +87,10 @@ def read_coefficients(path: str | Path, bank: TaskVectorBank) -> tuple[Tensor, i
         FileNotFoundError, FileFormatError: there is no such file, or it holds no coefficients.
         ValueError: they were learned on another base, or on other task vectors or blocks.
     """
-    tensors, fields = read_tensors(path, _KIND, mmap=False)
-    with parts_of(path):
-        header, coef = parsed(_Header, fields), tensors["coef"]
-        header.check(coef)
-        if coef.dim() == 3 and "seed" not in fields:
-            raise ValueError("it lacks the seed of its partition")
+    found = Coefficients.load(path)
     for what, theirs, ours in (
-        ("task vectors", header.names, bank.names),
-        ("blocks", header.blocks, bank.blocks),
+        ("task vectors", found.names, bank.names),
+        ("blocks", found.blocks, bank.blocks),
     ):
         lacking = [name for name in theirs if name not in ours]
         extra = [name for name in ours if name not in theirs]
@@ -80,14 +99,14 @@ def read_coefficients(path: str | Path, bank: TaskVectorBank) -> tuple[Tensor, i
                 f"{path} belongs to another bank, its {what} differ: "
                 f"not in this bank: {listed(lacking)}; only in this bank: {listed(extra)}"
             )
-    if header.base != _fingerprint(bank):
+    if found.base != _fingerprint(bank):
         raise ValueError(
             f"{path} belongs to another bank: its coefficients were learned on another base model"
         )
-    coef = coef[[header.names.index(name) for name in bank.names]]
+    coef = found.values[[found.names.index(name) for name in bank.names]]
     if coef.dim() > 1:
-        coef = coef[:, [header.blocks.index(block) for block in bank.blocks]]
-    return coef.to(bank.device), header.seed
+        coef = coef[:, [found.blocks.index(block) for block in bank.blocks]]
+    return coef.to(bank.device), found.seed
 
 
 def _fingerprint(bank: TaskVectorBank) -> str:
