@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,27 +19,30 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from atlas_kernels.bank.task_vector_bank import TaskVectorBank
-from atlas_kernels.experiments.config import Suite, checked
-from atlas_kernels.experiments.published import read_suite
-from atlas_kernels.experiments.results import Entry, entry, standard_error, write_json
-from atlas_kernels.experiments.suite import run_suite
+from atlas_kernels.bank import TaskVectorBank
+from atlas_kernels.experiments import (
+    Entry,
+    Suite,
+    checked,
+    entry,
+    read_suite,
+    run_suite,
+    standard_error,
+    write_json,
+)
 from atlas_kernels.report import plots
-from atlas_kernels.tasks.embedded.model import load_model
-from atlas_kernels.tasks.embedded.vectors import load_task_vectors
+from atlas_kernels.tasks.embedded import load_model, load_task_vectors
+
+from . import arguments
 
 CODECS = ("bf16", "int8", "int4", "int3", "int2", "sign", "auto:3", "auto:2")
 
 
 def main() -> None:
     """Runs what is missing and prints the table."""
-    parser = argparse.ArgumentParser(prog="python -m bench.accuracy", description=__doc__)
-    parser.add_argument("folder", type=Path)
+    parser = arguments.learning("accuracy", __doc__)
     parser.add_argument("--codecs", nargs="+", default=list(CODECS))
     parser.add_argument("--targets", nargs="+", default=list(targets()))
-    parser.add_argument("--shots", type=int, default=16)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=5)
     args = parser.parse_args()
     suite = make_suite(args)
     records = run_suite(suite, args.folder)

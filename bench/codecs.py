@@ -9,10 +9,8 @@ backend.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,11 +18,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from atlas_kernels.bank.segment import Segment
+from atlas_kernels.bank import Segment
 from atlas_kernels.ops.codecs import CODECS, Codec
 from atlas_kernels.ops.codecs.packed import Packed
 from atlas_kernels.ops.layout import Layout
 
+from . import arguments
 from .cases import Case, vit_b_32
 from .measure import BACKENDS, bandwidth_probes, interleaved, machine, write_rows
 
@@ -37,12 +36,8 @@ VERIFIED_BLOCKS = 12
 
 def main() -> None:
     """Runs the measurements and prints a table."""
-    parser = argparse.ArgumentParser(prog="python -m bench.codecs", description=__doc__)
+    parser = arguments.timing("codecs", __doc__, 9)
     parser.add_argument("--vectors", type=int, default=21, metavar="N")
-    parser.add_argument("--device", choices=list(BACKENDS), default="cpu")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--out", type=Path, help="a file for JSON lines")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     console = Console(width=None if Console().is_terminal else 120)

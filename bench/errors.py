@@ -21,7 +21,7 @@ from torch.nn.functional import pad
 import atlas_kernels as ak
 from atlas_kernels.ops.codecs import CODECS
 from atlas_kernels.ops.codecs.packed import GROUP, Packed, quantize
-from atlas_kernels.tasks.embedded.vectors import load_task_vectors
+from atlas_kernels.tasks.embedded import load_task_vectors
 
 # The shared vector's bits, the differences' bits.
 RESIDUALS = ((3, 2), (4, 2), (4, 1), (2, 2))

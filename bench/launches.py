@@ -8,26 +8,25 @@ per kernel and configuration.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 import atlas_kernels as ak
-from atlas_kernels.bank.segment import Segment
+from atlas_kernels.bank import Segment
 from atlas_kernels.ops.backends.triton import config
 from atlas_kernels.ops.codecs import CODECS
 from atlas_kernels.ops.layout import TILE
 
+from . import arguments
 from .cases import Inputs, vit_b_32
 from .codecs import random_segment
 from .measure import bandwidth_probes, interleaved, machine, write_rows
-from .partitions import _coef, _keys
+from .partitions import coefficients, keys_of
 
 Row = dict[str, Any]
 # (tile, warps, whether the vectors are unrolled): below, N up to 8 alone may be.
@@ -37,10 +36,8 @@ WARPS = {"backward": (4, 8, 16), "packed": (2, 4, 8, 16), "partition": (8, 16, 3
 
 def main() -> None:
     """Runs the measurements and prints a table."""
-    parser = argparse.ArgumentParser(prog="python -m bench.launches", description=__doc__)
+    parser = arguments.timing("launches", __doc__, 9)
     parser.add_argument("--vectors", type=int, nargs="+", default=[1, 8, 21], metavar="N")
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--out", type=Path, help="a file for JSON lines")
     args = parser.parse_args()
     console = Console(width=None if Console().is_terminal else 120)
     device = machine("cuda")
@@ -86,7 +83,7 @@ def measured(num_vectors: int, repeats: int) -> Iterator[Row]:
     for codec, groups in (("bf16", 5), ("bf16", 80), ("bf16", 1200), ("int4", 80)):
         segment = random_segment(CODECS[codec], case.shapes, num_vectors, "cuda")
         deltas = case.numel * num_vectors * CODECS[codec].bits_per_weight / 8
-        parts, keys = _coef(segment, groups), _keys(segment)
+        parts, keys = coefficients(segment, groups), keys_of(segment)
         for direction, wide, its in _directions(segment, parts, keys, groups):
             name = f"{codec}, K = {groups} {direction}"
             moved[name] = case.numel * wide + deltas

@@ -30,11 +30,11 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import atlas_kernels as ak
-from atlas_kernels.bank.stream import open_direct
-from atlas_kernels.models.live_memory import PeakMemory
-from atlas_kernels.models.planning import activation_bytes
-from atlas_kernels.tasks.clip.model import image_encoder
+from atlas_kernels.bank import open_direct
+from atlas_kernels.models import PeakMemory, activation_bytes
+from atlas_kernels.tasks.clip import image_encoder
 
+from . import arguments
 from .measure import learning_step, machine
 
 MODES = ("whole", "recompute", "stream")
@@ -43,7 +43,7 @@ _MEGABYTE = 1e6
 
 def main() -> None:
     """Runs what the command line names."""
-    parser = argparse.ArgumentParser(prog="python -m bench.memory", description=__doc__)
+    parser = arguments.parser("memory", __doc__)
     commands = parser.add_subparsers(required=True)
     several = commands.add_parser("peaks")
     several.set_defaults(run=peaks)

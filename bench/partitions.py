@@ -11,9 +11,7 @@ FILE receives one JSON line per way and direction.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,11 +19,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from atlas_kernels.bank.segment import Segment
+from atlas_kernels.bank import Segment
 from atlas_kernels.ops.codecs import CODECS
 from atlas_kernels.ops.groups import group_of, slots, tile_keys
 from atlas_kernels.ops.layout import TILE, pieces
 
+from . import arguments
 from .cases import Case, vit_b_32
 from .codecs import DIRECTIONS, VERIFIED_BLOCKS, random_segment
 from .measure import BACKENDS, interleaved, machine, write_rows
@@ -38,14 +37,10 @@ TILES_AT_ONCE = 512
 
 def main() -> None:
     """Runs the measurements and prints a table."""
-    parser = argparse.ArgumentParser(prog="python -m bench.partitions", description=__doc__)
+    parser = arguments.timing("partitions", __doc__, 5)
     parser.add_argument("--groups", type=int, nargs="+", default=[5, 80, 1200], metavar="K")
     parser.add_argument("--vectors", type=int, default=21, metavar="N")
     parser.add_argument("--blocks", type=int, default=152)
-    parser.add_argument("--device", choices=list(BACKENDS), default="cpu")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", type=Path, help="a file for JSON lines")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     console = Console(width=None if Console().is_terminal else 120)
@@ -100,7 +95,7 @@ def _plain(segment: Segment, backend: str) -> Functions:
 
 
 def _ours(segment: Segment, groups: int, backend: str) -> Functions:
-    coef, keys, base = _coef(segment, groups), _keys(segment), segment.base
+    coef, keys, base = coefficients(segment, groups), keys_of(segment), segment.base
     name = f"{backend}, {segment.codec.name}, K = {groups}"
     return {
         f"{name} / forward": lambda: segment.compose(coef, backend, keys),
@@ -110,10 +105,10 @@ def _ours(segment: Segment, groups: int, backend: str) -> Functions:
 
 def _torch(segment: Segment, rows: Tensor, groups: int) -> Functions:
     """For deltas [N, P], with the group of every element in two bytes."""
-    coef, layout = _coef(segment, groups), segment.layout
+    coef, layout = coefficients(segment, groups), segment.layout
     group = torch.empty(layout.numel, dtype=torch.int16, device=segment.base.device)
     offsets = layout.tile_offset.tolist()
-    for first, keys in enumerate(_keys(segment).split(TILES_AT_ONCE)):
+    for first, keys in enumerate(keys_of(segment).split(TILES_AT_ONCE)):
         start = first * TILES_AT_ONCE
         for k, its in enumerate(group_of(slots(keys, TILE), groups), start):
             group[offsets[k] : offsets[k + 1]] = its[: offsets[k + 1] - offsets[k]]
@@ -141,13 +136,15 @@ def _torch(segment: Segment, rows: Tensor, groups: int) -> Functions:
     }
 
 
-def _coef(segment: Segment, groups: int) -> Tensor:
+def coefficients(segment: Segment, groups: int) -> Tensor:
+    """[N, B, K]."""
     generator = torch.Generator().manual_seed(0)
     coef = torch.randn(segment.num_vectors, len(segment.columns), groups, generator=generator)
     return coef.to(segment.base.device)
 
 
-def _keys(segment: Segment) -> Tensor:
+def keys_of(segment: Segment) -> Tensor:
+    """Of its tiles, with blocks named by their columns."""
     return tile_keys([str(column) for column in segment.columns], segment.layout, 0)
 
 

@@ -9,9 +9,7 @@ large copy. FILE receives one JSON line per measurement.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,9 +19,9 @@ from torch import Tensor
 
 from atlas_kernels.ops import reference
 
+from . import arguments
 from .cases import Inputs, tiny, vit_b_32
 from .measure import (
-    BACKENDS,
     Seconds,
     bandwidth_probes,
     interleaved,
@@ -38,13 +36,9 @@ Row = dict[str, Any]
 
 def main() -> None:
     """Runs the measurements and prints a table for each number of task vectors."""
-    parser = argparse.ArgumentParser(prog="python -m bench.run", description=__doc__)
+    parser = arguments.timing("run", __doc__, 9)
     parser.add_argument("--vectors", type=int, nargs="+", default=[1, 8, 21], metavar="N")
-    parser.add_argument("--device", choices=list(BACKENDS), default="cpu")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--ways", nargs="+", choices=list(WAYS))
-    parser.add_argument("--out", type=Path, help="a file for JSON lines")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     console = Console(width=None if Console().is_terminal else 120)

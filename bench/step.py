@@ -14,7 +14,6 @@ import argparse
 import copy
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,23 +23,20 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import atlas_kernels as ak
-from atlas_kernels.tasks.clip.model import image_encoder
+from atlas_kernels.tasks.clip import image_encoder
 
-from .measure import BACKENDS, interleaved, learning_step, machine, with_peak, write_rows
+from . import arguments
+from .measure import interleaved, learning_step, machine, with_peak, write_rows
 
 Row = dict[str, Any]
 
 
 def main() -> None:
     """Runs the measurements and prints a table."""
-    parser = argparse.ArgumentParser(prog="python -m bench.step", description=__doc__)
+    parser = arguments.timing("step", __doc__, 5)
     parser.add_argument("--vectors", type=int, default=21, metavar="N")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--codecs", nargs="+", default=["bf16", "int4"])
-    parser.add_argument("--device", choices=list(BACKENDS), default="cpu")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", type=Path, help="a file for JSON lines")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     console = Console(width=None if Console().is_terminal else 120)

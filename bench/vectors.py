@@ -12,15 +12,14 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from atlas_kernels.experiments.config import Suite, checked
-from atlas_kernels.experiments.results import Records, entry, standard_error
-from atlas_kernels.experiments.suite import run_suite
+from atlas_kernels.experiments import Records, Suite, checked, entry, run_suite, standard_error
 from bench.accuracy import paired
+
+from . import arguments
 
 TARGETS = ("mnist-rotated", "fashion-inverted", "animals-noise")
 SOURCES = (
@@ -44,13 +43,9 @@ KINDS = {
 
 def main() -> None:
     """Runs what is missing and prints the table."""
-    parser = argparse.ArgumentParser(prog="python -m bench.vectors", description=__doc__)
-    parser.add_argument("folder", type=Path)
+    parser = arguments.learning("vectors", __doc__)
     parser.add_argument("--targets", nargs="+", default=list(TARGETS))
     parser.add_argument("--sources", nargs="+", default=list(SOURCES))
-    parser.add_argument("--shots", type=int, default=16)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=5)
     args = parser.parse_args()
     Console(width=100).print(table(run_suite(make_suite(args), args.folder), args.shots))
 

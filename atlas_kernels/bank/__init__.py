@@ -5,14 +5,15 @@ Stands on `vectors`, `files` and `ops`; used by `models` and above.
 
 from .building import Patterns, check_dtype, chosen, split_base
 from .factorwise import factor_names, multiply
-from .segment import CHUNK
-from .stream import SLOTS, Stream, check_streamable
+from .segment import CHUNK, Segment
+from .stream import SLOTS, Stream, check_streamable, open_direct
 from .task_vector_bank import TaskVectorBank
 
 __all__ = [
     "CHUNK",
     "SLOTS",
     "Patterns",
+    "Segment",
     "Stream",
     "TaskVectorBank",
     "check_dtype",
@@ -20,5 +21,6 @@ __all__ = [
     "chosen",
     "factor_names",
     "multiply",
+    "open_direct",
     "split_base",
 ]

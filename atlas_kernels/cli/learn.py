@@ -208,7 +208,7 @@ def _fill_in(source: dict[str, Any], run: dict[str, Any], method: str) -> None:
         run["control"] = run.get("control") or (_CONTROL if embedded else names[1])
 
 
-def _run(setting: "Setting", config: Single) -> dict[str, Any]:
+def _run(setting: "Setting[Any]", config: Single) -> dict[str, Any]:
     from ..experiments import perform, write_models
 
     folder = setting.folder
@@ -238,7 +238,7 @@ def _run(setting: "Setting", config: Single) -> dict[str, Any]:
     return {"folder": folder, "files": files, **results}
 
 
-def _write_picture(setting: "Setting", learned: "Learned", folder: Path) -> str:
+def _write_picture(setting: "Setting[Any]", learned: "Learned", folder: Path) -> str:
     from ..report import history_figure, save
 
     losses = [entry["loss"] for entry in learned.history[1:]]
@@ -247,7 +247,7 @@ def _write_picture(setting: "Setting", learned: "Learned", folder: Path) -> str:
     return "history.png"
 
 
-def _zero_shot(setting: "Setting") -> dict[str, Any]:
+def _zero_shot(setting: "Setting[Any]") -> dict[str, Any]:
     """What the base reaches, where that can be measured in the same way."""
     from ..experiments import perform
 
@@ -259,7 +259,7 @@ def _zero_shot(setting: "Setting") -> dict[str, Any]:
     return perform(replace(setting, run=run.model_copy(update=present), state=None)).metrics
 
 
-def _print_metrics(setting: "Setting", result: "Result", zero_shot: dict[str, Any]) -> None:
+def _print_metrics(setting: "Setting[Any]", result: "Result", zero_shot: dict[str, Any]) -> None:
     from ..report import print_table
 
     before, after = _accuracies(zero_shot), _accuracies(result.metrics)

@@ -150,6 +150,11 @@ class Run(Schema):
         """The tasks whose images the run sees, apart from those it selects vectors by."""
         return () if self.target is None else (self.target,)
 
+    @property
+    def images_per_class(self) -> int | None:
+        """How many labelled images the run draws; None where it takes what there is."""
+        return None
+
     def resolved(self, name: str) -> Any:
         """A field of the recipe: its own value, or the recipe's."""
         value = getattr(self, name)
@@ -204,6 +209,11 @@ class FewShotRun(Run):
         description="measure the tensors of a learning step as well; of evaluating a batch, if "
         "there are no gradients",
     )
+
+    @property
+    def images_per_class(self) -> int | None:
+        """See `Run`."""
+        return self.shots
 
     @model_validator(mode="after")
     def _selection(self) -> FewShotRun:

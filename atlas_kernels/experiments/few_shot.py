@@ -42,12 +42,11 @@ from ..tasks.images import LabelledImages
 from ..vectors import TaskVector
 from .config import FewShotRun
 from .setting import Result, Setting
-from .workspace import OwnWorkspace
 
 
-def few_shot(setting: Setting) -> Result:
+def few_shot(setting: Setting[FewShotRun]) -> Result:
     """Does what a `FewShotRun` says."""
-    run = cast(FewShotRun, setting.run)
+    run = setting.run
     train = setting.space.task(setting.target).train
     few = train.subset(sample_shots(train.labels.cpu(), run.shots, run.seed))
     model = setting.classifier(_start(setting, few))
@@ -68,20 +67,22 @@ def few_shot(setting: Setting) -> Result:
     return result
 
 
-def _start(setting: Setting, few: LabelledImages) -> nn.Module:
+def _start(setting: Setting[FewShotRun], few: LabelledImages) -> nn.Module:
     """The encoder before anything is learned."""
-    run, space = cast(FewShotRun, setting.run), setting.space
+    run, space = setting.run, setting.space
     if run.how in ("zero-shot", "fine-tune"):
         return space.encoder().requires_grad_(run.how == "fine-tune")
     if run.how == "own":
         return setting.finetuned(space.vectors(run.vectors, [setting.target]))
-    vectors = None if isinstance(space, OwnWorkspace) else _chosen(setting, few)
+    vectors = None if space.packed else _chosen(setting, few)
     return setting.compose(vectors, **setting.choice)
 
 
-def _fit(setting: Setting, model: ImageClassifier, few: LabelledImages) -> Learned | None:
+def _fit(
+    setting: Setting[FewShotRun], model: ImageClassifier, few: LabelledImages
+) -> Learned | None:
     """Learns, or searches, or leaves the model as it is."""
-    run = cast(FewShotRun, setting.run)
+    run = setting.run
     if run.how in ("coefficients", "fine-tune"):
         return setting.learn(model, setting.repeated(few))
     if run.how in ("search", "single"):
@@ -99,8 +100,10 @@ def _fit(setting: Setting, model: ImageClassifier, few: LabelledImages) -> Learn
     return None
 
 
-def _adapted(setting: Setting, model: ImageClassifier, few: LabelledImages) -> nn.Module:
-    run = cast(FewShotRun, setting.run)
+def _adapted(
+    setting: Setting[FewShotRun], model: ImageClassifier, few: LabelledImages
+) -> nn.Module:
+    run = setting.run
     validation = setting.space.task(setting.target).validation
     if run.adapter == "lp++":
         return lp_plus_plus(model, few, validation, seed=run.seed, progress=setting.progress).model
@@ -119,9 +122,9 @@ def _adapted(setting: Setting, model: ImageClassifier, few: LabelledImages) -> n
     ).model
 
 
-def _chosen(setting: Setting, few: LabelledImages) -> dict[str, TaskVector]:
+def _chosen(setting: Setting[FewShotRun], few: LabelledImages) -> dict[str, TaskVector]:
     """The vectors that learn: all, a budget of them, or noise in their place."""
-    run = cast(FewShotRun, setting.run)
+    run = setting.run
     vectors = setting.vectors()
     if run.select != "all":
         vectors = _selected(setting, vectors, few)
@@ -137,9 +140,9 @@ def _chosen(setting: Setting, few: LabelledImages) -> dict[str, TaskVector]:
 
 
 def _selected(
-    setting: Setting, vectors: Mapping[str, TaskVector], few: LabelledImages
+    setting: Setting[FewShotRun], vectors: Mapping[str, TaskVector], few: LabelledImages
 ) -> dict[str, TaskVector]:
-    run, space = cast(FewShotRun, setting.run), setting.space
+    run, space = setting.run, setting.space
     budget, names = cast(int, run.budget), list(vectors)
     if run.select == "random":
         chosen = select_random(len(names), budget, run.seed)
@@ -159,7 +162,7 @@ def _selected(
     return {names[i]: vectors[names[i]] for i in chosen.tolist()}
 
 
-def _shifted(setting: Setting, model: nn.Module) -> dict[str, Any]:
+def _shifted(setting: Setting[FewShotRun], model: nn.Module) -> dict[str, Any]:
     """Accuracies under the images' other shifts, and their mean."""
     shifts = {
         other.name: setting.score(Rows(model, other.rows), other.test)
@@ -168,9 +171,9 @@ def _shifted(setting: Setting, model: nn.Module) -> dict[str, Any]:
     return {"shifts": shifts, "shifted": statistics.fmean(shifts.values())}
 
 
-def _peak_memory(setting: Setting, model: nn.Module, few: LabelledImages) -> int:
+def _peak_memory(setting: Setting[FewShotRun], model: nn.Module, few: LabelledImages) -> int:
     """Peak bytes of a learning step; of evaluating a batch where nothing learns by gradients."""
-    run = cast(FewShotRun, setting.run)
+    run = setting.run
     if run.how not in ("coefficients", "fine-tune"):
         images = setting.space.task(setting.target).validation.images
         batch = images.plain(torch.arange(min(len(images), run.resolved("batch"))))

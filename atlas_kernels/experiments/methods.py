@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -43,10 +43,9 @@ from .config import (
 )
 from .few_shot import few_shot
 from .setting import Result, Setting
-from .workspace import OwnWorkspace
 
 
-def perform(setting: Setting) -> Result:
+def perform(setting: Setting[Any]) -> Result:
     """Does what a run says.
 
     Raises:
@@ -55,8 +54,8 @@ def perform(setting: Setting) -> Result:
     return _PERFORMERS[type(setting.run)](setting)
 
 
-def _peft(setting: Setting) -> Result:
-    run = cast(PeftRun, setting.run)
+def _peft(setting: Setting[PeftRun]) -> Result:
+    run = setting.run
     train = setting.space.task(setting.target).train
     generator = torch.Generator().manual_seed(run.seed)
     count = max(1, round(len(train) * run.percent / 100))
@@ -73,8 +72,8 @@ def _peft(setting: Setting) -> Result:
     return setting.result(model, setting.learn(model, setting.repeated(images)))
 
 
-def _test_time(setting: Setting) -> Result:
-    run = cast(TestTimeRun, setting.run)
+def _test_time(setting: Setting[TestTimeRun]) -> Result:
+    run = setting.run
     task = setting.space.task(setting.target)
     if run.how == "coefficients":
         encoder: nn.Module = setting.compose()
@@ -104,15 +103,14 @@ def _test_time(setting: Setting) -> Result:
     return setting.result(model, learned)
 
 
-def _addition(setting: Setting) -> Result:
-    run = cast(AdditionRun, setting.run)
+def _addition(setting: Setting[AdditionRun]) -> Result:
+    run = setting.run
     space = setting.space
     names = run.tasks or space.tasks
-    own = isinstance(space, OwnWorkspace)
-    vectors = {} if own else space.vectors(run.vectors, names)
+    vectors = {} if space.packed else space.vectors(run.vectors, names)
     # Accuracies of the tasks' own models, by which those of the sum are divided.
     tuned = [{"validation": 1.0, "test": 1.0} for _ in names]
-    if not own:
+    if not space.packed:
         tuned = [_finetuned(setting, name, vectors[name]) for name in names]
     encoder = setting.compose(vectors, **setting.choice)
     tasks = [
@@ -143,7 +141,7 @@ def _addition(setting: Setting) -> Result:
     return Result(metrics, encoder, outcome.learned if outcome else None)
 
 
-def _finetuned(setting: Setting, name: str, vector: TaskVector) -> dict[str, float]:
+def _finetuned(setting: Setting[AdditionRun], name: str, vector: TaskVector) -> dict[str, float]:
     """Accuracies of a task's own fine-tuned model."""
     model = setting.classifier(setting.finetuned({name: vector}), name)
     task = setting.space.task(name)
@@ -153,13 +151,12 @@ def _finetuned(setting: Setting, name: str, vector: TaskVector) -> dict[str, flo
     }
 
 
-def _negation(setting: Setting) -> Result:
-    run = cast(NegationRun, setting.run)
+def _negation(setting: Setting[NegationRun]) -> Result:
+    run = setting.run
     space, target = setting.space, setting.target
     if run.control is None:
         raise ValueError("negation needs a control task to keep")
-    own = isinstance(space, OwnWorkspace)
-    vectors = None if own else space.vectors(run.vectors, [target])
+    vectors = None if space.packed else space.vectors(run.vectors, [target])
     encoder = setting.compose(vectors, **setting.choice)
     tasks = [_joint_task(setting, name) for name in (target, run.control)]
     outcome: Outcome | None = None
@@ -185,7 +182,7 @@ def _negation(setting: Setting) -> Result:
     return Result(metrics, encoder, outcome.learned if outcome else None)
 
 
-def _joint_task(setting: Setting, name: str, finetuned: float = 1.0) -> JointTask:
+def _joint_task(setting: Setting[Any], name: str, finetuned: float = 1.0) -> JointTask:
     part = setting.space.task(name).validation
     evaluate: Callable[[nn.Module], float] = lambda model: setting.score(model, part)  # noqa: E731
     return JointTask(setting.space.head(name), setting.batches(part), evaluate, finetuned)
@@ -195,8 +192,8 @@ def _penalty(run: AdditionRun | NegationRun) -> Penalty | None:
     return Penalty(run.penalty) if run.penalty else None
 
 
-def _per_instance(setting: Setting) -> Result:
-    run = cast(PerInstanceRun, setting.run)
+def _per_instance(setting: Setting[PerInstanceRun]) -> Result:
+    run = setting.run
     composed = setting.compose()
     head = setting.space.head(setting.target)
     model = setting.classifier(PerInstance(composed, head.shape[1]))
@@ -212,7 +209,7 @@ def _per_instance(setting: Setting) -> Result:
     return setting.result(model, learned)
 
 
-def _cosine(setting: Setting) -> Result:
+def _cosine(setting: Setting[CosineRun]) -> Result:
     vectors = setting.vectors()
     matrix = cosines(list(vectors.values()))
     return Result(
@@ -224,7 +221,7 @@ def _cosine(setting: Setting) -> Result:
     )
 
 
-_PERFORMERS: dict[type[Run], Callable[[Setting], Result]] = {
+_PERFORMERS: dict[type[Run], Callable[[Setting[Any]], Result]] = {
     FewShotRun: few_shot,
     AdditionRun: _addition,
     NegationRun: _negation,

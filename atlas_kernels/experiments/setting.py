@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +16,10 @@ from ..models import ComposedModel, LinearizedModel
 from ..tasks.clip import ImageClassifier
 from ..tasks.images import LabelledImages
 from ..vectors import TaskVector
-from .config import AdditionRun, FewShotRun, NegationRun, Run
-from .workspace import OwnWorkspace, Workspace
+from .config import Run
+from .workspace import Workspace
+
+R = TypeVar("R", bound=Run)
 
 
 @dataclass
@@ -46,7 +48,7 @@ class Result:
 
 
 @dataclass
-class Setting:
+class Setting(Generic[R]):
     """One run and what it works with.
 
     Attributes:
@@ -58,7 +60,7 @@ class Setting:
     """
 
     space: Workspace
-    run: Run
+    run: R
     folder: Path | None = None
     state: Path | None = None
     progress: bool = True
@@ -78,20 +80,19 @@ class Setting:
         for name in run.tasks_needed:
             task = space.task(name)
             space.head(name)
-            if isinstance(run, FewShotRun):
-                counts = task.train.labels.bincount(minlength=len(task.classnames)).tolist()
-                for label, count in zip(task.classnames, counts, strict=True):
-                    if count < run.shots:
-                        raise ValueError(
-                            f"--shots is {run.shots}, but class {label!r} has {count} images to "
-                            "learn from"
-                        )
+            counts = task.train.labels.bincount(minlength=len(task.classnames)).tolist()
+            for label, count in zip(task.classnames, counts, strict=True):
+                if count < (run.images_per_class or 0):
+                    raise ValueError(
+                        f"--shots is {run.images_per_class}, but class {label!r} has {count} "
+                        "images to learn from"
+                    )
 
     @property
     def title(self) -> str:
         """What a picture of the run is called."""
         run = self.run
-        what = f"{run.shots} images per class" if isinstance(run, FewShotRun) else ""
+        what = f"{run.images_per_class} images per class" if run.images_per_class else ""
         return ", ".join(part for part in (*run.tasks_needed, what) if part)
 
     @property
@@ -114,20 +115,16 @@ class Setting:
     @property
     def choice(self) -> dict[str, Any]:
         """The blocks that learn, as options of `compose`."""
-        run = self.run
-        only = isinstance(run, FewShotRun | AdditionRun | NegationRun) and run.weights_only
+        only = getattr(self.run, "weights_only", False)
         return {"include": weights_only(self.space.encoder())} if only else {}
 
     def compose(
         self, vectors: Mapping[str, TaskVector] | None = None, **choice: Any
     ) -> ComposedModel:
         """The base's encoder, to be composed of task vectors as the run says."""
-        if isinstance(self.space, OwnWorkspace):
-            bank = self.space.packed
-        else:
-            chosen = self.vectors() if vectors is None else vectors
-            bank = self.space.bank(self.run, chosen, self.folder, **choice)
-        run, encoder = self.run, self.space.encoder()
+        run, space = self.run, self.space
+        chosen = {} if space.packed else self.vectors() if vectors is None else vectors
+        bank, encoder = space.bank(run, chosen, self.folder, **choice), space.encoder()
         if run.vectors == "linear":
             granularity = cast(Any, run.granularity)
             return LinearizedModel(encoder, bank, granularity=granularity).to(self.space.device)

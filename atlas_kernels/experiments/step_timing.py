@@ -19,7 +19,7 @@ from ..vectors import to_dense
 from .setting import Setting
 
 
-def step_cost(setting: Setting, *, repeats: int = 15) -> dict[str, Any]:
+def step_cost(setting: Setting[Any], *, repeats: int = 15) -> dict[str, Any]:
     """Measures compose + forward + backward, ours beside the loop, on PyTorch's current threads.
 
     The loop is what one writes without this package: ``theta = base + sum(c * delta)``, block by

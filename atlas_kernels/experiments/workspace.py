@@ -51,9 +51,11 @@ class Workspace(ABC):
 
     Attributes:
         device: where models learn.
+        packed: the bank to start from, if it is packed already; there are no vectors then.
     """
 
     device = torch.device("cpu")
+    packed: TaskVectorBank | None = None
 
     def __init__(self) -> None:
         self._features: dict[str, Tensor] = {}
@@ -117,6 +119,8 @@ class Workspace(ABC):
 
         ``folder`` is where a bank that is streamed from its file lies.
         """
+        if self.packed is not None:
+            return self.packed
         lora: Literal["product", "factorwise"] = (
             "factorwise" if run.vectors == "lora-factorwise" else "product"
         )
@@ -204,6 +208,8 @@ class EmbeddedWorkspace(Workspace):
 class OwnWorkspace(Workspace):
     """A bank of one's own, and a folder of images per task."""
 
+    packed: TaskVectorBank
+
     def __init__(self, source: Own) -> None:
         super().__init__()
         self.source = source
@@ -211,7 +217,7 @@ class OwnWorkspace(Workspace):
         names = [folder.resolve().name for folder in source.images]
         if len(set(names)) < len(names):
             raise ValueError(f"folders of images need different names, got {', '.join(names)}")
-        self._bank = TaskVectorBank.load(source.bank)
+        self.packed = TaskVectorBank.load(source.bank)
         self._clip = build_model(source.model)
         self._encoder = self._filled_encoder()
         # Listed at once: a folder that does not fit is found before anything is learned.
@@ -227,7 +233,7 @@ class OwnWorkspace(Workspace):
         """See `Workspace`."""
         visual = self._clip.get_submodule("visual")
         whose = "an image encoder" if self._encoder is visual else "a full CLIP model"
-        text = f"{self._bank!r}, packed from {whose}"
+        text = f"{self.packed!r}, packed from {whose}"
         for name in self.tasks:
             task = self.task(name)
             text += (
@@ -247,7 +253,7 @@ class OwnWorkspace(Workspace):
 
     def head(self, name: str) -> Tensor:
         """See `Workspace`."""
-        tensors = read_state_dict(self.source.text) if self.source.text else _base(self._bank)
+        tensors = read_state_dict(self.source.text) if self.source.text else _base(self.packed)
         where = self.source.text or self.source.bank
         clip = _with_text_tower(self._clip, tensors, where, self.source.model)
         if clip is None:
@@ -271,20 +277,9 @@ class OwnWorkspace(Workspace):
         """Refused, likewise."""
         raise ValueError(_PACKED)
 
-    def bank(
-        self, run: Run, vectors: Mapping[str, TaskVector], folder: Path | None, **choice: Any
-    ) -> TaskVectorBank:
-        """The bank as it is."""
-        return self._bank
-
-    @property
-    def packed(self) -> TaskVectorBank:
-        """The user's bank, on the CPU."""
-        return self._bank
-
     def _filled_encoder(self) -> nn.Module:
         """The image encoder with the bank's base, under the names that the bank uses."""
-        bank, encoder = self._bank, self._clip.get_submodule("visual")
+        bank, encoder = self.packed, self._clip.get_submodule("visual")
         if any(name.startswith(_ENCODER) for name in bank.weights):
             text = [name for name in bank.weights if not name.startswith(_ENCODER)]
             if text:

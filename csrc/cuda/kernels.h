@@ -17,7 +17,7 @@ struct Operand {
   Dtype dtype;
 };
 
-// Elements per tile; `layout.py` explains the number.
+// Elements per tile; `ops/layout.py` explains the number.
 constexpr int kTile = 4096;
 
 // As many bytes of arguments as a launch can carry since CUDA 12.1.
@@ -48,7 +48,7 @@ struct Table {
 };
 static_assert(sizeof(Table) <= kMaxArgumentBytes, "the table must fit into a launch");
 
-// The tables of a bank, as in `layout.py`.
+// The tables of a bank, as in `ops/layout.py`.
 struct Tiling {
   const int32_t* tile_block;
   const int64_t* tile_offset;
@@ -77,7 +77,7 @@ struct Groups {
   int num_groups;
 };
 
-// Tiles of a block whose partial sums are one, as in `layout.py`.
+// Tiles of a block whose partial sums are one, as in `ops/layout.py`.
 struct Chunks {
   const int32_t* chunk_tile;
   const int32_t* block_chunk;

@@ -1,5 +1,5 @@
 // The operators of the `atlas_kernels_cuda` namespace: checks, memory and streams around the
-// kernels. Schemas and fakes are in `ops.py`.
+// kernels. Schemas and fakes are in `ops/schema.py`.
 
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>

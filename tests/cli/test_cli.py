@@ -197,15 +197,6 @@ def test_info_names_every_backend_and_what_is_missing(capsys, monkeypatch) -> No
     assert "lacks matplotlib: pip install 'atlas_kernels[demo]'" in printed
 
 
-def test_tables_without_rich(monkeypatch, capsys) -> None:
-    from atlas_kernels.report.terminal import print_table
-
-    monkeypatch.setitem(sys.modules, "rich.console", None)
-    print_table(("name", "size"), [("a long one", "1"), ("b", "2")], title="T")
-    lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
-    assert lines == ["T", "name        size", "a long one  1", "b           2"]
-
-
 def test_as_a_process(files) -> None:
     def process(*arguments: object) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "atlas_kernels", *map(str, arguments)]

@@ -288,7 +288,7 @@ def test_folder_that_cannot_be_made(tmp_path, run, capsys) -> None:
 
 
 def test_missing_extra_is_told_before_any_work(tmp_path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("atlas_kernels.cli.extras.find_spec", lambda name: None)
     assert cli.main(["demo", "--out", str(tmp_path / "out")]) == 2
     assert "pip install 'atlas_kernels[demo]'" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

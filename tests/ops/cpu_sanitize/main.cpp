@@ -99,7 +99,7 @@ int main() {
           const GroupedCoef its{reinterpret_cast<const float*>(coef.data()), groups, groups};
           kernels.group_compose_tile(base.data(), out.data(), dtype, rows, its, 77u, length);
           kernels.group_dot_tile(base.data(), dtype, rows, 0, num_rows, 77u, length,
-                                     reinterpret_cast<float*>(sums.data()));
+                                 reinterpret_cast<float*>(sums.data()));
           ++runs;
         }
       }
