@@ -43,7 +43,7 @@ test: $(READY)
 # One binary serves several versions of PyTorch: this one runs what was built on the newest.
 compatibility: $(READY)
 	test -x $(OLDER)/python || $(PYTHON) -m venv .venv/older
-	$(OLDER)/python -m $(PIP) torch==2.13.0 hypothesis lazy_loader numpy pytest pytest-xdist safetensors tqdm
+	$(OLDER)/python -m $(PIP) torch==2.13.0 hypothesis lazy_loader numpy pytest pytest-xdist safetensors tqdm zlib-ng
 	ATLAS_KERNELS_REQUIRED_BACKENDS=torch,cpp $(OLDER)/python -m pytest $(PARALLEL) \
 	  $(addprefix tests/,$(COMPATIBLE))
 

@@ -5,7 +5,7 @@ Stands on `vectors`, `files` and `ops`; used by `models` and above.
 
 from .building import Patterns, check_dtype, chosen, split_base
 from .factorwise import factor_names, multiply
-from .segment import CHUNK, Segment, crc
+from .segment import CHUNK, Segment
 from .stream import SLOTS, Stream, check_streamable, open_direct
 from .task_vector_bank import TaskVectorBank
 
@@ -19,7 +19,6 @@ __all__ = [
     "check_dtype",
     "check_streamable",
     "chosen",
-    "crc",
     "factor_names",
     "multiply",
     "open_direct",

@@ -9,7 +9,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from ..files import FileFormatError
+from ..files import crc
 from ..ops import (
     CHUNK_TILES,
     TILE,
@@ -23,7 +23,6 @@ from ..ops import (
     resolve,
     slots,
 )
-from .segment import crc
 
 # Elements of a block that are in float32 at a time.
 _CHUNK = 1 << 22
@@ -160,9 +159,9 @@ class LowRankSegment:
         Raises:
             ValueError: they do not fit the shapes, the codec and the ranks.
         """
-        layout = Layout.from_shapes(shapes, alignment=1).to(base.device)
+        # In plain numbers first: a file's shapes could ask for tables without end.
         for what, tensor, count, dtype in (
-            ("the base", base, layout.numel, base.dtype),
+            ("the base", base, sum(map(prod, shapes)), base.dtype),
             ("the factors", factors, num_factor_elements(shapes, ranks), codec.dtype),
         ):
             if (tensor.numel(), tensor.dtype) != (count, dtype):
@@ -170,6 +169,7 @@ class LowRankSegment:
                     f"{what} of low-rank blocks are {(tensor.numel(), tensor.dtype)} (items, "
                     f"dtype), expected {(count, dtype)}"
                 )
+        layout = Layout.from_shapes(shapes, alignment=1).to(base.device)
         spreads = (
             torch.block_diag(*(torch.full((1, r), s) for r, s in zip(*its, strict=True)))
             for its in zip(ranks, scales, strict=True)
@@ -249,9 +249,9 @@ class LowRankSegment:
         return torch.tensor([crc(self.factors)], dtype=torch.int64)
 
     def verify(self, expected: Tensor) -> None:
-        """Raises FileFormatError unless `checksums` are as expected."""
+        """Raises ValueError unless `checksums` are as expected."""
         if not torch.equal(self.checksums(), expected):
-            raise FileFormatError("a checksum of the factors fails: the file is damaged")
+            raise ValueError("a checksum of the factors fails")
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
@@ -10,7 +9,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from ..files import FileFormatError
+from ..files import crc
 from ..ops import (
     TILE,
     Arena,
@@ -20,6 +19,7 @@ from ..ops import (
     Layout,
     compose_with,
     dots_with,
+    padded,
     per_block,
     resolve,
 )
@@ -68,10 +68,11 @@ class Segment:
         Raises:
             ValueError: they do not fit the shapes, the codec and the number of task vectors.
         """
-        layout = Layout.from_shapes(shapes, codec.alignment).to(base.device)
-        elements = num_vectors * layout.numel
+        # In plain numbers first: a file's shapes could ask for tables without end.
+        numel = sum(padded(prod(shape), codec.alignment) for shape in shapes)
+        elements = num_vectors * numel
         for what, tensor, count, dtype in (
-            ("the base", base, layout.numel, base.dtype),
+            ("the base", base, numel, base.dtype),
             ("the deltas", deltas, codec.items(elements), codec.dtype),
             ("the scales", scales, codec.scales(elements), torch.bfloat16),
         ):
@@ -82,6 +83,7 @@ class Segment:
                     f"{what} of {num_vectors} task vectors in {codec.name} are {found} (items, "
                     f"dtype), expected {expected}"
                 )
+        layout = Layout.from_shapes(shapes, codec.alignment).to(base.device)
         index = torch.tensor(columns, dtype=torch.int64, device=base.device)
         return cls(tuple(columns), index, layout, codec, num_vectors, base, deltas, scales)
 
@@ -150,9 +152,9 @@ class Segment:
         )
 
     def verify(self, expected: Tensor) -> None:
-        """Raises FileFormatError unless `checksums` are as expected."""
+        """Raises ValueError unless `checksums` are as expected."""
         if not torch.equal(self.checksums(), expected):
-            raise FileFormatError("a checksum of the deltas fails: the file is damaged")
+            raise ValueError("a checksum of the deltas fails")
 
     def _stored(self, start: int, end: int) -> tuple[Tensor, Tensor | None]:
         """Deltas and scales of the elements [start, end) of the base, whole tiles of one block."""
@@ -186,12 +188,3 @@ def chunks(layout: Layout, codec: Codec, num_vectors: int) -> list[Chunk]:
         for block, (start, end) in enumerate(zip(layout.offsets, layout.offsets[1:], strict=False))
         for first in range(start, end, step)
     ]
-
-
-def crc(*stored: Tensor | None) -> int:
-    """CRC-32 of the bytes of tensors, one after the other."""
-    value = 0
-    for tensor in stored:
-        if tensor is not None:
-            value = zlib.crc32(tensor.cpu().view(torch.uint8).numpy().data, value)
-    return value

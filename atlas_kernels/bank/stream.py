@@ -23,10 +23,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..files import FileFormatError, data_offsets, read_tensors
+from ..files import FileFormatError, crc, data_offsets, read_tensors
 from ..ops import TILE, Layout, compose_with, dots_with, padded, tile_keys
 from .low_rank_segment import LowRankSegment
-from .segment import Segment, chunks, crc
+from .segment import Segment, chunks
 from .task_vector_bank import TaskVectorBank
 
 # Chunks read ahead, being read and in use, together. Four threads: some wait for the disk while
@@ -65,6 +65,8 @@ class Stream:
 
     def __init__(self, bank: TaskVectorBank, groups: int = 0, seed: int = 0) -> None:
         check_streamable(bank)
+        # Deltas are verified as they come.
+        bank.verify(deltas=False)
         device = bank.device
         self._bank = bank
         self._device = device
@@ -377,15 +379,15 @@ class _File:
         weakref.finalize(self, os.close, self._descriptor)
         self._offsets = data_offsets(path)
         tensors, fields = read_tensors(path, "bank")
-        if fields != bank.fields:
-            raise ValueError(
-                f"{path} was replaced by another bank since it was loaded: load it again"
-            )
         self._checksums = {
             name: tensor.tolist()
             for name, tensor in tensors.items()
             if name.startswith("checksums.")
         }
+        if (fields, self._checksums) != (bank.fields, bank.checksums):
+            raise ValueError(
+                f"{path} was replaced by another bank since it was loaded: load it again"
+            )
 
     def checksums(self, segment: int, count: int) -> list[int]:
         found: list[int] = self._checksums[f"checksums.{segment}"]

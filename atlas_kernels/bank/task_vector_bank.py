@@ -11,15 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..files import parts_of, read_tensors, write_mapped, write_tensors
+from ..files import Origin, digest, map_tensors, parsed, parts_of, write_mapped, write_tensors
 from ..ops import check_coef, codec_named, tile_keys
 from ..vectors import TaskVector
 from .building import Lora, Packing, Patterns
 from .factorwise import factor_names, multiply
+from .header import BankHeader
 from .low_rank_segment import LowRankSegment
 from .segment import Segment
 
 _KIND = "bank"
+# Tensors that have a checksum for every chunk.
+_GUARDED = ("deltas.", "scales.", "factors.")
 
 
 class TaskVectorBank:
@@ -45,7 +48,8 @@ class TaskVectorBank:
         base_digests: fingerprint of each block's base.
         constants: all other tensors of the base, by name.
         fields: what its files say of it, as JSON has it.
-        path: the file that it was loaded from, or None.
+        origin: the file that it was loaded from, or None.
+        checksums: what that holds, by segment: of every chunk of deltas, or of the factors.
         aliases: names under which the base also holds a block (tied weights), to the block's name.
 
     Example:
@@ -76,7 +80,8 @@ class TaskVectorBank:
         self.aliases: dict[str, str] = dict(fields["aliases"])
         self.constants = dict(constants)
         self.errors = tensors["errors"]
-        self.path: Path | None = None
+        self.origin: Origin | None = None
+        self.checksums: dict[str, list[int]] = {}
         codecs = [self.codec] * len(self.blocks)
         segments = []
         for index, (columns, codec) in enumerate(fields["segments"]):
@@ -175,6 +180,8 @@ class TaskVectorBank:
             specs[f"checksums.{index}"] = (torch.int64, (arena.num_checksums,))
         specs |= {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in constants.items()}
 
+        guarded = [name for name in specs if name.startswith(_GUARDED)]
+
         def fill(tensors: dict[str, Tensor]) -> None:
             for name, constant in constants.items():
                 tensors[name].copy_(constant)
@@ -182,7 +189,7 @@ class TaskVectorBank:
             for index, segment in enumerate(cls(tensors, packing.constants, fields).segments):
                 tensors[f"checksums.{index}"].copy_(segment.checksums())
 
-        write_mapped(path, specs, fill, _KIND, **fields)
+        write_mapped(path, specs, fill, _KIND, guarded, **fields)
         return cls.load(path)
 
     def __deepcopy__(self, memo: dict[int, object]) -> TaskVectorBank:
@@ -194,6 +201,11 @@ class TaskVectorBank:
             f"TaskVectorBank({len(self.names)} vectors, {len(self.blocks)} blocks, "
             f"codec={self.codec!r}, {self.nbytes / 1e6:.1f} MB on {self.device})"
         )
+
+    @property
+    def path(self) -> Path | None:
+        """The file that it was loaded from."""
+        return None if self.origin is None else self.origin.path
 
     @property
     def nbytes(self) -> int:
@@ -271,7 +283,12 @@ class TaskVectorBank:
         return self._of_segments(segments, coef, backend, seed)
 
     def state_dict(self, coef: Tensor, *, seed: int = 0) -> dict[str, Tensor]:
-        """The complete composed state dict: composed blocks, constants and tied names."""
+        """The complete composed state dict: composed blocks, constants and tied names.
+
+        Raises:
+            FileFormatError: a checksum of the file that the bank was loaded from fails.
+        """
+        self.verify()
         with torch.no_grad():
             composed = self.compose(coef, seed=seed)
         return {
@@ -290,6 +307,8 @@ class TaskVectorBank:
         """
         if torch.device(device) == self.device:
             return self
+        if torch.device(device).type != "meta":
+            self.verify(deltas=deltas)
         tensors = {
             name: tensor.to(device)
             if deltas or not name.startswith(("deltas.", "scales."))
@@ -298,22 +317,58 @@ class TaskVectorBank:
         }
         constants = {name: tensor.to(device) for name, tensor in self.constants.items()}
         moved = TaskVectorBank(tensors, constants, self.fields)
-        moved.path = None if deltas else self.path
+        if not deltas:
+            moved.origin, moved.checksums = self.origin, self.checksums
         return moved
 
+    def verify(self, *, deltas: bool = True) -> None:
+        """Compares what was loaded with its file's checksums, all of it or all but the deltas.
+
+        `load` without ``mmap``, `save`, `state_dict` and `to` another device do so, because they
+        read all anyway. Where all lies in memory that was never a file, there is nothing to do.
+
+        Raises:
+            FileFormatError: a checksum fails.
+        """
+        if self.origin is None:
+            return
+        constants = {f"constant.{name}": tensor for name, tensor in self.constants.items()}
+        sums = {name: torch.tensor(its) for name, its in self.checksums.items()}
+        self.origin.verify({**constants, **self._tensors(), **sums})
+        with parts_of(self.origin.path):
+            for segment, expected in zip(self.segments, sums.values(), strict=True):
+                if deltas or "deltas" not in segment.tensors:
+                    segment.verify(expected)
+            if not self.origin.checksums:
+                self._verify_base()
+
+    def check_unchanged(self) -> None:
+        """Raises FileFormatError if the file that is mapped was overwritten in place (``cp``)."""
+        if self.origin is not None and not torch.compiler.is_compiling():
+            self.origin.check_unchanged()
+
     def save(self, path: str | Path) -> None:
-        """Writes one safetensors file, with a checksum of every chunk of the deltas."""
+        """Writes one safetensors file, with checksums of all of it.
+
+        Raises:
+            FileFormatError: a checksum of the file that the bank was loaded from fails.
+            OSError: the file cannot be written; nothing is changed.
+        """
+        self.verify()
         constants = {f"constant.{name}": tensor for name, tensor in self.constants.items()}
         checksums = {
             f"checksums.{index}": segment.checksums() for index, segment in enumerate(self.segments)
         }
-        write_tensors(path, {**constants, **self._tensors(), **checksums}, _KIND, **self.fields)
+        tensors = {**constants, **self._tensors(), **checksums}
+        guarded = [name for name in tensors if name.startswith(_GUARDED)]
+        write_tensors(path, tensors, _KIND, guarded, **self.fields)
 
     def _of_segments(
         self, segments: Sequence[Segment | LowRankSegment], coef: Tensor, backend: str, seed: int
     ) -> dict[str, Tensor]:
         """The blocks that segments like the bank's own compose, in the bank's order."""
         check_coef(coef, len(self.names), len(self.blocks), self.device, partitions=True)
+        self.check_unchanged()
         # Here, so that a gradient from several segments is summed before it is rounded.
         coef = coef.to(torch.float32)
         composed: dict[str, Tensor] = {}
@@ -371,18 +426,32 @@ class TaskVectorBank:
         """Reads what `save` wrote, on the CPU.
 
         With ``mmap``, pages are read when they are used; without, all is read at once and every
-        checksum verified.
+        checksum verified (see `verify`). The file must not be overwritten in place while it is
+        mapped (``cp`` does that): replace it with ``mv``, as `save` does.
 
         Raises:
             FileNotFoundError, FileFormatError: there is no such file, it is no bank, its parts do
                 not fit together, or a checksum fails.
         """
-        tensors, fields = read_tensors(path, _KIND, mmap)
+        tensors, fields, origin = map_tensors(path, _KIND)
+        if not mmap:
+            tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+            origin = replace(origin, state=())
         with parts_of(path):
+            parsed(BankHeader, fields).check(tensors)
             constants = {name: tensors[f"constant.{name}"] for name in fields["constants"]}
             bank = cls(tensors, constants, fields)
-            bank.path = Path(path)
-            if not mmap:
-                for index, segment in enumerate(bank.segments):
-                    segment.verify(tensors[f"checksums.{index}"])
+        names = [f"checksums.{index}" for index in range(len(bank.segments))]
+        bank.checksums = {name: tensors[name].tolist() for name in names}
+        bank.origin = origin
+        if not mmap:
+            bank.verify()
         return bank
+
+    def _verify_base(self) -> None:
+        """Against the fingerprints, in files from before there were checksums of all."""
+        digests = dict(zip(self.blocks, self.base_digests, strict=True))
+        for weight, tensor in self.base.items():
+            # A product's factors have the fingerprint of what they are added to.
+            if digest(tensor) != digests[weight if weight in digests else factor_names(weight)[0]]:
+                raise ValueError(f"the base of {weight!r} is not what its fingerprint says")

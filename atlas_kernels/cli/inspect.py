@@ -37,8 +37,10 @@ def inspect(
         verify: Read all of it, and compare its checksums.
         allow_pickle: whether to read pickled models.
     """
-    from ..files import describe, read_state_dict
+    from ..files import abandoned, describe, read_state_dict, read_tensors
 
+    for left in abandoned(file):
+        print(f"{left}: a killed process left it; what writes {file.name} next removes it")
     if file.suffix == ".safetensors":
         kind, fields, tensors = describe(file)
     else:
@@ -54,8 +56,12 @@ def inspect(
     elif kind == "bank":
         found = _bank(file, picture, verify)
     elif kind == "coefficients":
-        found = _coefficients(file, fields)
+        found = _coefficients(file)
     else:
+        if verify and kind:
+            read_tensors(file, kind, mmap=False)
+        elif verify:
+            raise ValueError(f"{file} is a state dict, which holds no checksums to --verify")
         print(f"{file}: {kind or 'state dict'}, {_count(tensors)}, {_size(file)}")
         _print_tensors(tensors)
         found = {"tensors": tensors}
@@ -67,18 +73,20 @@ def inspect(
 def _task_vector(
     path: Path, fields: Mapping[str, Any], tensors: _Tensors, verify: bool
 ) -> dict[str, Any]:
+    from ..files import parts_of
     from ..vectors import TaskVector
 
     if verify:
         TaskVector.load(path)
+    with parts_of(path):
+        name, base = fields["name"] or path.stem, len(fields["base"])
     deltas = {
         name.removeprefix("delta."): value
         for name, value in tensors.items()
         if name.startswith("delta.")
     }
-    name = fields.get("name") or path.stem
     print(f"{path}: task vector {name!r}, {_size(path)}")
-    print(f"{_count(deltas)}; made from a base of {len(fields.get('base', ()))} parameters")
+    print(f"{_count(deltas)}; made from a base of {base} parameters")
     _print_tensors(deltas)
     return {"name": name, "deltas": deltas}
 
@@ -138,28 +146,29 @@ def _bank(path: Path, picture: Path | None, verify: bool) -> dict[str, Any]:
     }
 
 
-def _coefficients(path: Path, fields: Mapping[str, Any]) -> dict[str, Any]:
-    from ..files import read_tensors
+def _coefficients(path: Path) -> dict[str, Any]:
+    from ..models import Coefficients
     from ..report import print_table
 
-    values = read_tensors(path, "coefficients")[0]["coef"]
+    its = Coefficients.load(path)
+    values = its.values
     print(f"{path}: coefficients {tuple(values.shape)}, {_size(path)}")
-    counts = f"{len(fields['names'])} task vectors, {len(fields['blocks'])} blocks"
+    counts = f"{len(its.names)} task vectors, {len(its.blocks)} blocks"
     if values.dim() == 3:
-        counts += f", {values.shape[2]} groups of elements each, seed {fields['seed']}"
+        counts += f", {values.shape[2]} groups of elements each, seed {its.seed}"
     print(counts)
     rows = [
         (name, *(getattr(row, what)().item() for what in ("mean", "min", "max")))
-        for name, row in zip(fields["names"], values.reshape(len(fields["names"]), -1), strict=True)
+        for name, row in zip(its.names, values, strict=True)
     ]
     print_table(
         ("task vector", "mean", "smallest", "largest"),
-        [(name, *(f"{value:+.3f}" for value in its)) for name, *its in rows],
+        [(name, *(f"{value:+.3f}" for value in numbers)) for name, *numbers in rows],
         numbers=3,
     )
     return {
         "shape": list(values.shape),
-        "blocks": fields["blocks"],
+        "blocks": its.blocks,
         "vectors": [
             {"name": name, "mean": mean, "smallest": least, "largest": most}
             for name, mean, least, most in rows

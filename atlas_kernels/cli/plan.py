@@ -113,13 +113,13 @@ def _model(files: tuple[Path, ...]) -> tuple[dict[str, Tensor] | nn.Module | Non
 
     first, *vectors = files
     if first.suffix == ".safetensors":
-        kind, fields, tensors = describe(first)
+        kind, _, tensors = describe(first)
     else:
-        kind, fields, tensors = "", {}, _pickled(first)
+        kind, tensors = "", _pickled(first)
     if kind == "bank":
         if vectors:
             raise ValueError(f"{first} is a bank: it holds its task vectors, name no others")
-        return _bank(first, fields, tensors)
+        return _bank(first)
     if kind not in ("", "model"):
         raise ValueError(f"{first} is a {kind}: expected a bank, or the base's checkpoint")
     problems: list[str] = []
@@ -151,27 +151,29 @@ def _model(files: tuple[Path, ...]) -> tuple[dict[str, Tensor] | nn.Module | Non
     return _ghosts(tensors), options
 
 
-def _bank(path: Path, fields: dict[str, Any], tensors: Described) -> tuple[dict[str, Tensor], Any]:
+def _bank(path: Path) -> tuple[dict[str, Tensor], Any]:
     """What is to be planned of a bank."""
-    if fields.get("products"):
+    import torch
+
+    from ..bank import TaskVectorBank
+
+    bank = TaskVectorBank.load(path)
+    if bank.fields.get("products"):
         raise ValueError(
             f"{path}: its weights are products of composed factors (lora='factorwise'), which plan "
             "does not predict; it does lora='product'"
         )
-    described = {name: tensors[f"constant.{name}"] for name in fields["constants"]}
-    ranks: dict[str, int] = {}
-    for index, (columns, _) in enumerate(fields["segments"]):
-        low_rank = fields.get("low_rank", {}).get(str(index))
-        for k, column in enumerate(columns):
-            block = fields["blocks"][column]
-            described[block] = tensors[f"base.{index}"][0], fields["shapes"][column]
-            if low_rank is not None:
-                ranks[block] = sum(low_rank["ranks"][k])
-    return _ghosts(described), {
-        "count": len(fields["names"]),
-        "codec": fields["codec"],
+    ranks = {
+        bank.blocks[column]: sum(its)
+        for index, parts in bank.fields.get("low_rank", {}).items()
+        for column, its in zip(bank.segments[int(index)].columns, parts["ranks"], strict=True)
+    }
+    tensors = {**bank.constants, **bank.base}
+    return {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}, {
+        "count": len(bank.names),
+        "codec": bank.codec,
         "ranks": ranks,
-        "include": [_literal(block) for block in fields["blocks"]],
+        "include": [_literal(block) for block in bank.blocks],
     }
 
 

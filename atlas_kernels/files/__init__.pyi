@@ -1,10 +1,14 @@
-from .atomic import write_atomically
+from .atomic import abandoned, write_atomically
+from .checksums import crc
 from .errors import FileFormatError, parts_of
+from .fields import check_unique, parsed
 from .state_dicts import read_state_dict
 from .tensors import (
+    Origin,
     data_offsets,
     describe,
     digest,
+    map_tensors,
     read_tensors,
     torch_dtype,
     write_mapped,
@@ -14,9 +18,15 @@ from .text import printable
 
 __all__ = [
     "FileFormatError",
+    "Origin",
+    "abandoned",
+    "check_unique",
+    "crc",
     "data_offsets",
     "describe",
     "digest",
+    "map_tensors",
+    "parsed",
     "parts_of",
     "printable",
     "read_state_dict",

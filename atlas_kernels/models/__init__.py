@@ -3,7 +3,7 @@
 Stands on `bank`; used by `learn` and above.
 """
 
-from .coefficients import read_coefficients
+from .coefficients import Coefficients, read_coefficients
 from .composed_model import ComposedModel
 from .linearized import LinearizedModel, expand
 from .live_memory import PeakMemory
@@ -11,6 +11,7 @@ from .planning import Plan, activation_bytes, plan, plans
 from .substitution import call_with
 
 __all__ = [
+    "Coefficients",
     "ComposedModel",
     "LinearizedModel",
     "PeakMemory",

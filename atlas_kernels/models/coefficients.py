@@ -3,14 +3,68 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..bank import TaskVectorBank
-from ..files import parts_of, read_tensors, write_tensors
+from ..files import check_unique, parsed, parts_of, printable, read_tensors, write_tensors
 
 _KIND = "coefficients"
+
+
+@dataclass(frozen=True)
+class Coefficients:
+    """Coefficients as their file has them.
+
+    Attributes:
+        values: (N, B), (N,) or (N, B, K), finite floats.
+        names: the N task vectors.
+        blocks: the B blocks.
+        base: a fingerprint of the base that they were learned on.
+        seed: of the partition, 0 if there is none.
+
+    Raises:
+        ValueError: they contradict each other.
+    """
+
+    values: Tensor
+    names: tuple[str, ...]
+    blocks: tuple[str, ...]
+    base: str
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_unique("task vectors", self.names)
+        check_unique("blocks", self.blocks)
+        if not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"its seed {self.seed} is no integer of 64 bits")
+        values = self.values
+        expected = (len(self.names), len(self.blocks))[: values.dim()]
+        if values.dim() not in (1, 2, 3) or tuple(values.shape[:2]) != expected:
+            raise ValueError(
+                f"its coefficients have shape {tuple(values.shape)}, expected {len(self.names)} "
+                f"task vectors, {len(self.blocks)} blocks"
+            )
+        if not values.is_floating_point() or not bool(torch.isfinite(values).all()):
+            raise ValueError(f"its coefficients are not all finite, or no floats ({values.dtype})")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Coefficients:
+        """Reads what `write_coefficients` wrote, whatever the bank.
+
+        Raises:
+            FileNotFoundError, FileFormatError: there is no such file, or it holds no coefficients.
+        """
+        tensors, fields = read_tensors(path, _KIND, mmap=False)
+        with parts_of(path):
+            found = parsed(cls, {**fields, "values": tensors["coef"]})
+            if found.values.dim() == 3 and "seed" not in fields:
+                raise ValueError("it lacks the seed of its partition")
+        return found
 
 
 def write_coefficients(path: str | Path, coef: Tensor, bank: TaskVectorBank, seed: int = 0) -> None:
@@ -18,16 +72,10 @@ def write_coefficients(path: str | Path, coef: Tensor, bank: TaskVectorBank, see
 
     Those of partitions with the seed.
     """
-    partition = {"seed": seed} if coef.dim() == 3 else {}
-    write_tensors(
-        path,
-        {"coef": coef},
-        _KIND,
-        names=bank.names,
-        blocks=bank.blocks,
-        base=_fingerprint(bank),
-        **partition,
-    )
+    fields: dict[str, Any] = {"names": bank.names, "blocks": bank.blocks}
+    if coef.dim() == 3:
+        fields["seed"] = seed
+    write_tensors(path, {"coef": coef}, _KIND, base=_fingerprint(bank), **fields)
 
 
 def read_coefficients(path: str | Path, bank: TaskVectorBank) -> tuple[Tensor, int]:
@@ -39,10 +87,10 @@ def read_coefficients(path: str | Path, bank: TaskVectorBank) -> tuple[Tensor, i
         FileNotFoundError, FileFormatError: there is no such file, or it holds no coefficients.
         ValueError: they were learned on another base, or on other task vectors or blocks.
     """
-    tensors, fields = read_tensors(path, _KIND, mmap=False)
+    found = Coefficients.load(path)
     for what, theirs, ours in (
-        ("task vectors", fields["names"], bank.names),
-        ("blocks", fields["blocks"], bank.blocks),
+        ("task vectors", found.names, bank.names),
+        ("blocks", found.blocks, bank.blocks),
     ):
         lacking = [name for name in theirs if name not in ours]
         extra = [name for name in ours if name not in theirs]
@@ -51,15 +99,14 @@ def read_coefficients(path: str | Path, bank: TaskVectorBank) -> tuple[Tensor, i
                 f"{path} belongs to another bank, its {what} differ: "
                 f"not in this bank: {listed(lacking)}; only in this bank: {listed(extra)}"
             )
-    if fields["base"] != _fingerprint(bank):
+    if found.base != _fingerprint(bank):
         raise ValueError(
             f"{path} belongs to another bank: its coefficients were learned on another base model"
         )
-    coef = tensors["coef"][[fields["names"].index(name) for name in bank.names]]
+    coef = found.values[[found.names.index(name) for name in bank.names]]
     if coef.dim() > 1:
-        coef = coef[:, [fields["blocks"].index(block) for block in bank.blocks]]
-    with parts_of(path):
-        return coef.to(bank.device), fields["seed"] if coef.dim() == 3 else 0
+        coef = coef[:, [found.blocks.index(block) for block in bank.blocks]]
+    return coef.to(bank.device), found.seed
 
 
 def _fingerprint(bank: TaskVectorBank) -> str:
@@ -69,5 +116,5 @@ def _fingerprint(bank: TaskVectorBank) -> str:
 
 def listed(names: list[str]) -> str:
     """The first few names in words."""
-    first = ", ".join(names[:5]) or "none"
+    first = printable(", ".join(names[:5])) or "none"
     return f"{first} and {len(names) - 5} more" if len(names) > 5 else first

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..experiments import Arm, Cell, Entry, Experiment, Records, entry, kept_file, standard_error
-from ..files import read_tensors
+from ..models import Coefficients
 from ..tasks.embedded import SHIFTS, dataset_names, load_task
 from . import plots
 from .terminal import print_table, size
@@ -200,15 +200,15 @@ def _accuracy_picture(records: Records) -> Figure:
 
 
 def _coefficient_picture(cell: Cell, out: Path) -> Figure:
-    tensors, fields = read_tensors(kept_file(out, "coefficients", cell), "coefficients", mmap=False)
-    coef, names = tensors["coef"].numpy(), fields["names"]
+    kept = Coefficients.load(kept_file(out, "coefficients", cell))
+    coef, names = kept.values.numpy(), kept.names
     order = sorted(range(len(names)), key=lambda row: str(names[row]))
     strongest = names[int(abs(coef).mean(1).argmax())]
     # Sorted: vectors of one image set stand together.
     return plots.coefficient_figure(
         coef[order],
         [names[row] for row in order],
-        fields["blocks"],
+        kept.blocks,
         title=f"{cell.target} draws most on {strongest}, in each block differently "
         f"(k = {cell.value:g})",
     )

@@ -82,7 +82,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{path}: no such file, expected a folder that PEFT saved")
     try:
         config = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise FileFormatError(f"{path}: not readable as JSON ({error})") from error
     if not isinstance(config, dict):
         raise FileFormatError(f"{path}: expected a JSON object, the configuration of an adapter")

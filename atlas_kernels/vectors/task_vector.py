@@ -12,7 +12,15 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..files import digest, parts_of, read_tensors, write_tensors
+from ..files import (
+    check_unique,
+    digest,
+    map_tensors,
+    parsed,
+    parts_of,
+    printable,
+    write_tensors,
+)
 from ..ops import check_coef, compose
 from .low_rank import Delta, LowRank, to_dense
 from .peft import read_adapter
@@ -22,6 +30,34 @@ _KIND = "task_vector"
 _STATISTICS = ("running_mean", "running_var")
 
 Target = TypeVar("Target", nn.Module, Mapping[str, Tensor])
+
+
+@dataclass(frozen=True)
+class _Header:
+    """What a file says beside the tensors."""
+
+    blocks: tuple[str, ...]
+    base: dict[str, str]
+    name: str
+    # Files from before there were low-rank deltas have none.
+    scales: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_unique("blocks", self.blocks)
+
+    def check(self, tensors: Mapping[str, Tensor]) -> None:
+        """Raises ValueError unless there are the blocks' tensors, and nothing else but statistics.
+
+        And unless they are floating point.
+        """
+        needed = {f"delta.{key}" for key in self.blocks if key not in self.scales}
+        needed |= {f"factor.{side}.{key}" for key in self.scales for side in ("up", "down")}
+        found = {name for name in tensors if not name.startswith("statistic.")}
+        wrong = [name.removeprefix("delta.") for name in sorted(needed ^ found)]
+        wrong += sorted(self.scales.keys() - {*self.blocks})
+        wrong += [f"{n} ({t.dtype})" for n, t in tensors.items() if not t.is_floating_point()]
+        if wrong:
+            raise ValueError(f"these do not belong together: {wrong[:5]}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,31 +227,32 @@ class TaskVector:
             FileNotFoundError, FileFormatError: there is no such file, or it is not a task vector.
             ValueError: a delta is not finite.
         """
-        tensors, fields = read_tensors(path, _KIND)
-        deltas: dict[str, Delta] = {
-            key.removeprefix("delta."): tensor
-            for key, tensor in tensors.items()
-            if key.startswith("delta.")
-        }
+        tensors, fields, origin = map_tensors(path, _KIND)
+        # Whether they are finite is seen by reading all of them.
+        origin.verify(tensors)
         with parts_of(path):
-            deltas |= {
-                key: LowRank(tensors[f"factor.up.{key}"], tensors[f"factor.down.{key}"], scale)
-                # Files from before there were any have no scales.
-                for key, scale in fields.get("scales", {}).items()
+            header = parsed(_Header, fields)
+            header.check(tensors)
+            # safetensors sorts by size of element; the base's order is the model's.
+            deltas: dict[str, Delta] = {
+                key: LowRank(
+                    tensors[f"factor.up.{key}"], tensors[f"factor.down.{key}"], header.scales[key]
+                )
+                if key in header.scales
+                else tensors[f"delta.{key}"]
+                for key in header.blocks
             }
         _check_finite(deltas)
-        with parts_of(path):
-            return cls(
-                # safetensors sorts by size of element; the base's order is the model's.
-                deltas={key: deltas[key] for key in fields["blocks"]},
-                statistics={
-                    key.removeprefix("statistic."): tensor
-                    for key, tensor in tensors.items()
-                    if key.startswith("statistic.")
-                },
-                base=fields["base"],
-                name=fields["name"] or Path(path).stem,
-            )
+        return cls(
+            deltas,
+            statistics={
+                key.removeprefix("statistic."): tensor
+                for key, tensor in tensors.items()
+                if key.startswith("statistic.")
+            },
+            base=header.base,
+            name=header.name or Path(path).stem,
+        )
 
     def _composed(self, target: Mapping[str, Tensor], coef: float | Tensor) -> dict[str, Tensor]:
         problems = [f"missing: {key}" for key in self.deltas if key not in target]
@@ -319,4 +356,4 @@ def _raise_if(problems: list[str], headline: str) -> None:
     """One ValueError that lists the problems, the first twenty of them in words."""
     if problems:
         more = [f"... and {len(problems) - 20} more"] if len(problems) > 20 else []
-        raise ValueError("\n  ".join([f"{headline}:", *problems[:20], *more]))
+        raise ValueError("\n  ".join([f"{headline}:", *map(printable, problems[:20]), *more]))

@@ -206,6 +206,15 @@ def test_a_file_that_is_replaced(tmp_path: Path) -> None:
     assert torch.equal(stream.compose(0, torch.ones(3)), expected)
     with pytest.raises(ValueError, match="replaced by another bank"):
         Stream(bank)
+    # By one of the same names, shapes and base as well.
+    for delta in (0.0, 1.0):
+        vectors = [ak.TaskVector({"w": torch.full((30,), 1 + delta)}, name="t")]
+        ak.TaskVectorBank.pack(path, {"w": torch.zeros(30)}, vectors)
+        if not delta:
+            bank = ak.TaskVectorBank.load(path)
+            Stream(bank)
+    with pytest.raises(ValueError, match="replaced by another bank"):
+        Stream(bank)
 
 
 def test_a_bank_in_memory_has_nothing_to_stream(tmp_path: Path) -> None:

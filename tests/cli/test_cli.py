@@ -100,7 +100,7 @@ def test_names_dtype_and_patterns(files) -> None:
     ("arguments", "message"),
     [
         (("inspect", "none.safetensors"), "none.safetensors: no such file"),
-        (("inspect", "."), "no such file"),
+        (("inspect", "."), "is a folder, expected a file"),
         (("inspect", "text.txt"), "unknown ending '.txt'"),
         (("inspect", "broken.safetensors"), "not a readable safetensors file"),
         (("diff", "base.pt", "none.pt", "-o", "o.safetensors"), "none.pt: no such file"),
@@ -272,3 +272,32 @@ def test_options_that_make_no_sense(files, tmp_path, capsys) -> None:
     forget = ("learn", "negation", "--task", "mnist-clean", "--control", "mnist-clean")
     assert run(*forget, "-o", tmp_path / "run") == 2
     assert "--control is mnist-clean, which is the task to forget" in capsys.readouterr().err
+
+
+def test_inspect_reports_and_verifies(files, capsys) -> None:
+    bank = packed(files)
+    left = files / ".bank.safetensors.abcd_123.unfinished"
+    left.touch()
+    assert run("inspect", bank, "--verify") == 0
+    assert f"{left}: a killed process left it" in capsys.readouterr().out
+    for path in (bank, files / "v1.safetensors"):
+        content = path.read_bytes()
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        assert run("inspect", path, "--verify") == 2
+        assert f"{path}: " in (message := capsys.readouterr().err)
+        assert "checksum" in message
+    assert run("inspect", files / "tuned1.safetensors", "--verify") == 2
+    assert "holds no checksums to --verify" in capsys.readouterr().err
+
+
+def test_damaged_banks_are_neither_merged_nor_planned(files, capsys) -> None:
+    bank, coefficients, merged = packed(files), files / "c.safetensors", files / "m.safetensors"
+    write_coefficients(coefficients, torch.zeros(2, 1), ak.TaskVectorBank.load(bank))
+    content = bank.read_bytes()
+    bank.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert run("merge", bank, coefficients, "-o", merged) == 2
+    assert "checksum" in capsys.readouterr().err
+    assert not merged.exists()
+    bank.write_bytes(content.replace(b"[[3, 4]]", b"[[3, 9]]"))
+    assert run("plan", bank) == 2
+    assert "bank.safetensors: the file is damaged" in capsys.readouterr().err

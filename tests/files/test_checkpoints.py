@@ -1,5 +1,6 @@
 import errno
 import os
+import re
 import resource
 import signal
 import stat
@@ -14,7 +15,7 @@ from strategies import same_bits
 from torch import nn
 
 import atlas_kernels as ak
-from atlas_kernels.files.atomic import write_atomically
+from atlas_kernels.files.atomic import abandoned, write_atomically
 from atlas_kernels.files.errors import FileFormatError
 from atlas_kernels.files.state_dicts import read_state_dict
 from atlas_kernels.files.tensors import describe, read_tensors, write_tensors
@@ -51,6 +52,30 @@ def test_training_checkpoints_are_unwrapped(tmp_path: Path) -> None:
     assert read_state_dict(path).keys() == {"module.w"}
 
 
+@pytest.mark.parametrize("ending", [".pt", ".safetensors"])
+@pytest.mark.parametrize(
+    "prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."]
+)
+def test_one_rule_for_prefixes(prefix: str, ending: str, tmp_path: Path) -> None:
+    path = tmp_path / f"model{ending}"
+    save = save_file if ending == ".safetensors" else torch.save
+    save({prefix + name: tensor for name, tensor in STATE.items()}, path)
+    assert_same(read_state_dict(path), STATE)
+    some = {"_orig_mod.w": torch.ones(1), "inner._orig_mod.w": torch.ones(1)}
+    save(some, path)
+    assert_same(read_state_dict(path), some)
+
+
+@pytest.mark.parametrize("wrapper", ["state_dict", "model_state_dict", "model"])
+def test_what_checkpoints_are_wrapped_in(wrapper: str, tmp_path: Path) -> None:
+    path = tmp_path / "last.ckpt"
+    torch.save({"epoch": 3, wrapper: STATE, "optimizer": {"lr": [0.1]}}, path)
+    assert_same(read_state_dict(path), STATE)
+    # A weight of that name is no wrapper.
+    torch.save({wrapper: torch.ones(1), "w": torch.ones(2)}, path)
+    assert read_state_dict(path).keys() == {wrapper, "w"}
+
+
 class Custom:
     """What unpickling would run if it were allowed to."""
 
@@ -85,7 +110,7 @@ def test_what_is_no_state_dict(content: object, tmp_path: Path) -> None:
 def test_missing_and_unknown_files(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"none\.pt: no such file"):
         read_state_dict(tmp_path / "none.pt")
-    with pytest.raises(FileNotFoundError, match="no such file"):
+    with pytest.raises(IsADirectoryError, match="is a folder, expected a file"):
         read_state_dict(tmp_path)
     path = tmp_path / "model.onnx"
     path.write_bytes(b"x")
@@ -165,15 +190,14 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(
 ) -> None:
     path = tmp_path / "file.safetensors"
 
-    def half_written(tensors: object, name: str, metadata: object) -> None:
-        Path(name).write_bytes(b"half a fi")
+    def half_written(*tensors: object) -> None:
         raise error
 
     for before in (None, b"old content"):
         if before is not None:
             path.write_bytes(before)
         with monkeypatch.context() as patch:
-            patch.setattr("atlas_kernels.files.tensors.save_file", half_written)
+            patch.setattr("atlas_kernels.files.tensors.crc", half_written)
             with pytest.raises(type(error)):
                 write_tensors(path, STATE, "thing")
         assert leftovers(tmp_path) == ([] if before is None else ["file.safetensors"])
@@ -220,6 +244,12 @@ except Exception as error:
 def test_a_killed_process_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"old content")
+    die_while_writing(path)
+    assert path.read_bytes() == b"old content"
+
+
+def die_while_writing(path: Path) -> None:
+    """In a process of its own, which leaves what it has written."""
     child = os.fork()
     if child == 0:
 
@@ -229,7 +259,82 @@ def test_a_killed_process_leaves_the_old_file(tmp_path: Path) -> None:
 
         write_atomically(path, killed)
     os.waitpid(child, 0)
-    assert path.read_bytes() == b"old content"
+
+
+def test_what_a_killed_process_left_is_found_and_removed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "file"
+    for name in ("file", "file.b"):
+        die_while_writing(tmp_path / name)
+    # Of other files, or a user's own.
+    others = [".file.bak", ".file.b.c.unfinished", "file.abc.unfinished"]
+    for name in others:
+        (tmp_path / name).touch()
+    (left,) = abandoned(path)
+    assert re.fullmatch(r"\.file\.\w+\.unfinished", left.name)
+
+    def written(name: str) -> None:
+        # A living process's own is not abandoned.
+        assert abandoned(path) == []
+        write_atomically(path, lambda inner: Path(inner).write_text("inner"))
+        assert Path(name).exists()
+
+    write_atomically(path, written)
+    assert [record.message for record in caplog.records if "killed" in record.message] == [
+        f"removed {left}, which a process that was killed had left"
+    ]
+    (unfinished,) = abandoned(tmp_path / "file.b")
+    assert leftovers(tmp_path) == sorted([*others, "file", unfinished.name])
+
+
+def test_errors_name_the_file_and_not_the_temporary_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "file.safetensors"
+
+    def refused(*_: object) -> None:
+        temporary = tmp_path / ".file.safetensors.abcd_123.unfinished"
+        raise PermissionError(errno.EACCES, "Permission denied", str(temporary))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("tempfile.mkstemp", refused)
+        with pytest.raises(PermissionError) as raised:
+            write_tensors(path, STATE, "thing")
+    assert (raised.value.filename, raised.value.strerror) == (str(path), "Permission denied")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", full)
+        with pytest.raises(OSError, match=r"No space left .*: the file takes \d,\d{3} b") as error:
+            write_tensors(path, STATE, "thing")
+    assert error.value.filename == str(path)
+    assert re.search(r"bytes, [\d,]+ are free", str(error.value))
+
+    def elsewhere(_: str) -> None:
+        (tmp_path / "none").read_bytes()
+
+    with pytest.raises(FileNotFoundError) as other:
+        write_atomically(path, elsewhere)
+    assert other.value.filename == str(tmp_path / "none")
+    assert leftovers(tmp_path) == []
+
+
+def test_a_dtype_that_safetensors_lacks(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"file\.safetensors: tensor 'w' has dtype torch.complex1"):
+        write_tensors(tmp_path / "file.safetensors", {"w": torch.ones(1, dtype=torch.complex128)})
+    assert leftovers(tmp_path) == []
+
+
+def test_what_is_no_file(tmp_path: Path) -> None:
+    loop, pipe = tmp_path / "loop.pt", tmp_path / "pipe.pt"
+    loop.symlink_to(loop)
+    os.mkfifo(pipe)
+    for path, message in ((loop, "symbolic links that lead in a circle"), (pipe, "a pipe")):
+        with pytest.raises(OSError, match=message):
+            read_state_dict(path)
 
 
 def test_files_are_as_readable_as_any_other(tmp_path: Path) -> None:

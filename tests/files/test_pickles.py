@@ -5,7 +5,10 @@ import functools
 import io
 import os
 import pickle
+import re
+import struct
 import sys
+import tarfile
 import zipfile
 from collections import OrderedDict, defaultdict
 from enum import Enum
@@ -203,6 +206,114 @@ def test_no_code_of_a_file_runs(tmp_path) -> None:
     assert torch._utils._rebuild_tensor_v2.__defaults__ == before
     assert pickles._rebuilt.__defaults__ is None
     assert not evil.exists()
+
+
+class Fill(nn.Module):
+    """What torch.jit.load runs when it restores the module: it writes into a user's file."""
+
+    def __init__(self, target: str) -> None:
+        super().__init__()
+        self.target = target
+        self.written = torch.zeros(4, dtype=torch.uint8)
+
+    @torch.jit.export
+    def __getstate__(self) -> tuple[str, bool]:
+        return self.target, self.training
+
+    @torch.jit.export
+    def __setstate__(self, state: tuple[str, bool]) -> None:
+        self.target, self.training = state
+        self.written = torch.from_file(self.target, True, 4, dtype=torch.uint8).fill_(88)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+def harmful_archive(tmp_path: Path) -> tuple[bytes, bytes, bytes, Path]:
+    """Records, directory and end of an archive whose loading runs code, and what that changes."""
+    path, target = tmp_path / "script.pt", tmp_path / "precious"
+    target.write_bytes(b"    ")
+    torch.jit.script(Fill(str(target))).save(path)
+    target.write_bytes(b"keep")
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(buffer, "w") as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+        # Where both readers look.
+        start = new.start_dir
+    content = buffer.getvalue()
+    return content[:start], content[start:-22], content[-22:], target
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.(load|jit)")
+def test_an_archive_of_two_directories_runs_no_code(tmp_path) -> None:
+    """Python looks before the end record, torch.load where that says: each sees another archive."""
+    records, directory, end, target = harmful_archive(tmp_path)
+    harmless = directory.replace(b"constants.pkl", b"constants.xyz")
+    path = tmp_path / "model.pt"
+    path.write_bytes(records + directory + harmless + end)
+    with zipfile.ZipFile(path) as archive:
+        assert not any(name.endswith("/constants.pkl") for name in archive.namelist())
+    # The test could fail: what torch.load does with it.
+    torch.load(path, weights_only=False)
+    assert target.read_bytes() == b"XXXX"
+    target.write_bytes(b"keep")
+    for content, message in (
+        (records + directory + harmless + end, "not where its end says"),
+        (records + harmless + directory + end, "not where its end says"),
+        (records + directory + end, "a TorchScript archive"),
+        # A 64-bit record that only one of the two readers believes.
+        (records + directory + wide_end(records, directory, end) + end, "TorchScript"),
+        (records + harmless + directory + wide_end(records, directory, end) + end, "is damaged"),
+        (records + directory + wide_end(records + b"x", directory, end) + end, "is damaged"),
+        (records + directory + end + b"x", "end of the archive is missing"),
+        (b"x" + records + directory + end, "no zip archive"),
+    ):
+        for name in ("model.pt", "model.bin"):
+            (tmp_path / name).write_bytes(content)
+            for allow_pickle in (True, False):
+                with pytest.raises(FileFormatError, match=message):
+                    read_state_dict(tmp_path / name, allow_pickle=allow_pickle)
+    assert target.read_bytes() == b"keep"
+
+
+def wide_end(records: bytes, directory: bytes, end: bytes) -> bytes:
+    """The 64-bit records that go before the end of an archive."""
+    (count,) = struct.unpack("<H", end[10:12])
+    sizes = count, count, len(directory), len(records)
+    record = b"PK\x06\x06" + struct.pack("<QHHIIQQQQ", 44, 45, 45, 0, 0, *sizes)
+    return record + b"PK\x06\x07" + struct.pack("<IQI", 0, sum(sizes[2:]), 1)
+
+
+def test_formats_before_zip_are_refused(tmp_path) -> None:
+    path, evil = tmp_path / "model.pt", tmp_path / "evil"
+    harm = {"a": torch.ones(1), "b": Harm(os.mkdir, str(evil))}
+    torch.save(harm, path, _use_new_zipfile_serialization=False)
+    with tarfile.open(tmp_path / "tar.pt", "w") as archive:
+        archive.add(path, "storages")
+        archive.add(path, "tensors")
+        archive.add(path, "pickle")
+    for which in (path, tmp_path / "tar.pt"):
+        for allow_pickle in (True, False):
+            with pytest.raises(FileFormatError, match=r"no zip archive.*torch\.save since 1"):
+                read_state_dict(which, allow_pickle=allow_pickle)
+    assert not evil.exists()
+
+
+def test_a_refusal_is_in_our_words(tmp_path) -> None:
+    """torch.load's are many lines, in colours, and advise to switch the lock off."""
+    path = tmp_path / "model.pt"
+    torch.save({"a": argparse.Namespace(lr=1)}, path)
+    with pytest.raises(FileFormatError) as raised:
+        read_state_dict(path)
+    assert "(it holds an object of argparse.Namespace)" in str(raised.value)
+    assert not re.search(r"weights_only|safe_globals|\x1b|\\x1b", str(raised.value))
+
+
+def test_a_module_within_a_checkpoint(tmp_path) -> None:
+    path = tmp_path / "m.pt"
+    torch.save({"model": nn.Linear(1, 1), "epoch": 3}, path)
+    assert list(read_state_dict(path, allow_pickle=True)) == ["weight", "bias"]
 
 
 def test_a_torchscript_archive_is_refused(saved) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...files import digest, read_tensors, write_tensors
+from ...files import digest, parts_of, read_tensors, write_tensors
 from ...vectors import TaskVector
 from .model import load_model
 from .paths import WEIGHTS
@@ -78,13 +78,16 @@ def read_task_vector(path: Path, base: str) -> dict[str, Tensor]:
         ValueError: it belongs to another base.
     """
     tensors, fields = read_tensors(path, _KIND)
-    if fields["base"] != base:
+    with parts_of(path):
+        found = fields["base"]
+        names = [key.removeprefix("codes/") for key in tensors if key.startswith("codes/")]
+        deltas = {name: tensors[f"codes/{name}"] * tensors[f"scale/{name}"] for name in names}
+    if found != base:
         raise ValueError(
-            f"{path} was made from another base model (fingerprint {fields['base']}, not {base}):"
+            f"{path} was made from another base model (fingerprint {found}, not {base}):"
             " make the assets again, in an empty folder"
         )
-    names = [key.removeprefix("codes/") for key in tensors if key.startswith("codes/")]
-    return {name: tensors[f"codes/{name}"] * tensors[f"scale/{name}"] for name in names}
+    return deltas
 
 
 def task_vector_names(folder: Path = WEIGHTS) -> tuple[str, ...]:
