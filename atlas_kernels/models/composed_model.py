@@ -49,9 +49,9 @@ class ComposedModel(nn.Module):
       when the next one is asked for), and again in the backward pass, where its gradient becomes N
       numbers at once. Base + bank + the largest two blocks: a composed one and its gradient, or in
       the forward pass one in use and the one asked for last. It costs a second pass over the bank.
-      What else may be alive: the gradients of blocks used in several places, until the backward has met them all; the blocks
-      of a region that activation checkpointing runs again, or of an RNN; and autocast's copies of
-      weights.
+      What else may be alive: the gradients of blocks used in several places, until the backward
+      has met them all; the blocks of a region that activation checkpointing runs again, or of an
+      RNN; and autocast's copies of weights.
 
     - "stream": as "recompute", with deltas that stay in the bank's file (see
       `TaskVectorBank.load`), or for a GPU in host memory. Base + the largest two blocks + a fixed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -62,7 +63,7 @@ def test_coefficients_are_the_mean_prediction_of_the_batch() -> None:
         name: base + sum(c * delta for c, delta in zip(expected, deltas, strict=True))
         for name, base, deltas in dense(model)
     }
-    composed = functional_call(model.encoder.module, weights, (inputs,))
+    composed = functional_call(copy.deepcopy(model.encoder.module), weights, (inputs,))
     torch.testing.assert_close(model(inputs), composed, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(model(inputs), model.encoder.module(inputs), atol=1e-2)
 
@@ -98,7 +99,9 @@ def test_gradients_are_those_of_composing_anew_and_leave_the_features_alone() ->
         name: base + sum(c * delta for c, delta in zip(coef, deltas, strict=True))
         for name, base, deltas in dense(model)
     }
-    loss = cross_entropy(functional_call(model.encoder.module, weights, (inputs,)), labels)
+    loss = cross_entropy(
+        functional_call(copy.deepcopy(model.encoder.module), weights, (inputs,)), labels
+    )
     expected = torch.autograd.grad(loss, parameters)
     # Deltas are differences of float32 numbers, rounded once more than the bank's.
     torch.testing.assert_close(gradients, expected, rtol=1e-3, atol=1e-5)
