@@ -53,7 +53,7 @@ kernels: $(READY)
 gpu: $(READY)
 	ATLAS_KERNELS_ON_GPU=1 $(BIN)/python -m pytest -k 'triton or cuda or test_gpu' \
 	  tests/bank/test_bank.py \
-	  $(addprefix tests/ops/test_,gpu.py compose.py codecs.py partition.py)
+	  $(addprefix tests/ops/test_,gpu.py compose.py codecs.py groups.py)
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

@@ -6,7 +6,7 @@ tensors that are given to it, in memory or mapped to a file, one block of one ve
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from math import prod
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..files import digest
+from ..files import check_dequantised, digest
 from ..ops import CODECS, STORAGE_DTYPES, Codec, Layout, parse_codec, pieces
 from ..vectors import LowRank, TaskVector, to_dense
 from .factorwise import expand, factor_names
@@ -187,7 +187,7 @@ class Packing:
         named = _named(vectors)
         digests = {name: digest(parameter) for name, parameter in parameters.items()}
         for name, vector in named.items():
-            _check_vector(name, vector, parameters, digests, aliases)
+            _check_vector(name, vector, parameters, digests, aliases, constants)
         blocks: dict[str, Tensor] = {}
         for block, parameter in parameters.items():
             if chosen(block, include, exclude) and any(
@@ -416,7 +416,12 @@ def split_base(
         state = base.state_dict()
         buffers = {name for name, _ in base.named_buffers(remove_duplicate=False)}
     else:
+        if not isinstance(base, Mapping):
+            raise TypeError(
+                f"the base is a {type(base).__name__}, expected a module or a state dict"
+            )
         state = dict(base)
+        check_dequantised("the base", state)
         buffers = {name for name in state if name.rsplit(".", 1)[-1].startswith("running_")}
     parameters: dict[str, Tensor] = {}
     constants: dict[str, Tensor] = {}
@@ -440,7 +445,9 @@ def split_base(
 
 def _named(vectors: Mapping[str, TaskVector] | Sequence[TaskVector]) -> dict[str, TaskVector]:
     if isinstance(vectors, Mapping):
+        _check_vectors(vectors.values())
         return dict(vectors)
+    _check_vectors(vectors)
     names = [vector.name or f"vector-{i}" for i, vector in enumerate(vectors)]
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
@@ -451,12 +458,22 @@ def _named(vectors: Mapping[str, TaskVector] | Sequence[TaskVector]) -> dict[str
     return dict(zip(names, vectors, strict=True))
 
 
+def _check_vectors(vectors: Iterable[object]) -> None:
+    for vector in vectors:
+        if not isinstance(vector, TaskVector):
+            raise TypeError(
+                f"a task vector is a {type(vector).__name__}, expected a TaskVector: make it with "
+                "TaskVector.from_state_dicts(base, finetuned)"
+            )
+
+
 def _check_vector(
     name: str,
     vector: TaskVector,
     parameters: Mapping[str, Tensor],
     digests: Mapping[str, str],
     aliases: Mapping[str, str],
+    constants: Mapping[str, Tensor],
 ) -> None:
     for block, delta in vector.deltas.items():
         if block in aliases:
@@ -466,6 +483,9 @@ def _check_vector(
                     f"task vector {name!r} changes {block!r} and {aliases[block]!r} apart, but in "
                     "the base they are one tied parameter: give the base copies of its own for both"
                 )
+            continue
+        if block in constants and constants[block].shape == delta.shape:
+            # A buffer, which a state dict does not tell from a parameter: it stays the base's.
             continue
         if block not in parameters:
             raise ValueError(

@@ -2,6 +2,7 @@ from .atomic import abandoned, write_atomically
 from .checksums import crc
 from .errors import FileFormatError, parts_of
 from .fields import check_unique, parsed
+from .quantised import check_dequantised
 from .state_dicts import read_state_dict
 from .tensors import (
     Origin,
@@ -20,6 +21,7 @@ __all__ = [
     "FileFormatError",
     "Origin",
     "abandoned",
+    "check_dequantised",
     "check_unique",
     "crc",
     "data_offsets",

@@ -440,7 +440,13 @@ def _check_uncompiled(module: nn.Module, memory: Memory) -> None:
 def _check_fit(module: nn.Module, bank: TaskVectorBank) -> None:
     parameters = dict(module.named_parameters(remove_duplicate=False))
     owners: dict[int, str] = {}
+    buffers = {name for name, _ in module.named_buffers(remove_duplicate=False)}
     for block, base in bank.base.items():
+        if block in buffers:
+            raise ValueError(
+                f"{block!r} is a buffer of the module, which no bank composes: pack the bank from "
+                f"the module itself, or with exclude={block!r}"
+            )
         if block not in parameters:
             raise ValueError(
                 f"the module has no parameter {block!r}, which the bank composes: was the bank "

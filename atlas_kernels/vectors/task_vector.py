@@ -18,16 +18,14 @@ from ..files import (
     map_tensors,
     parsed,
     parts_of,
-    printable,
     write_tensors,
 )
 from ..ops import check_coef, compose
 from .low_rank import Delta, LowRank, to_dense
+from .matching import match, raise_if
 from .peft import read_adapter
 
 _KIND = "task_vector"
-# What BatchNorm keeps in a state dict: statistics of the data, not weights that were learned.
-_STATISTICS = ("running_mean", "running_var")
 
 Target = TypeVar("Target", nn.Module, Mapping[str, Tensor])
 
@@ -87,41 +85,34 @@ class TaskVector:
     @classmethod
     def from_state_dicts(
         cls,
-        pretrained: Mapping[str, Tensor],
-        finetuned: Mapping[str, Tensor],
+        pretrained: Mapping[str, Tensor] | nn.Module,
+        finetuned: Mapping[str, Tensor] | nn.Module,
         dtype: torch.dtype = torch.bfloat16,
         name: str = "",
     ) -> TaskVector:
-        """The task vector between two state dicts, matched by name.
+        """The task vector between two state dicts or modules, matched by name.
 
-        Differences are taken in float32 and stored in ``dtype``. Integer tensors are left out.
+        Differences are taken in float32 and stored in ``dtype``. Integer tensors are left out. Of a
+        module all buffers are known, and kept apart; of a state dict only BatchNorm's. A tied
+        weight may have one of its names alone.
 
         Raises:
+            TypeError: one of the two is neither.
             ValueError: names are missing or extra, shapes differ, or a difference is not finite (as
-                happens if it exceeds the range of ``dtype``); all of them are listed.
+                happens if it exceeds the range of ``dtype``); all of them are listed. Or one is
+                quantised, or holds no floating-point tensor.
         """
-        names = [key for key, tensor in pretrained.items() if tensor.is_floating_point()]
-        tuned = {key for key, tensor in finetuned.items() if tensor.is_floating_point()}
-        problems = [f"missing in the fine-tuned model: {key}" for key in names if key not in tuned]
-        problems += [
-            f"not in the pre-trained model: {key}" for key in finetuned if key not in pretrained
-        ]
-        problems += [
-            f"{key}: shape {tuple(finetuned[key].shape)}, expected {tuple(pretrained[key].shape)}"
-            for key in names
-            if key in tuned and finetuned[key].shape != pretrained[key].shape
-        ]
-        _raise_if(problems, "the two state dicts do not match")
+        matched = match(pretrained, finetuned)
+        base, tuned = matched.pretrained, matched.finetuned
         changes = {
-            key: (finetuned[key].detach().float() - pretrained[key].detach().float()).to(dtype)
-            for key in names
+            key: (tuned[key].detach().float() - base[key].detach().float()).to(dtype)
+            for key in (*matched.parameters, *matched.statistics)
         }
         _check_finite(changes)
-        names = [key for key in changes if not _is_statistic(key)]
         return cls(
-            deltas={key: changes[key] for key in names},
-            statistics={key: delta for key, delta in changes.items() if _is_statistic(key)},
-            base={key: digest(pretrained[key]) for key in names},
+            deltas={key: changes[key] for key in matched.parameters},
+            statistics={key: changes[key] for key in matched.statistics},
+            base={key: digest(base[key]) for key in matched.parameters},
             name=name,
         )
 
@@ -197,10 +188,11 @@ class TaskVector:
         """
         if isinstance(target, nn.Module):
             module = copy.deepcopy(target)
-            parameters = dict(module.named_parameters(remove_duplicate=False))
+            tensors: dict[str, Tensor] = dict(module.named_buffers(remove_duplicate=False))
+            tensors |= module.named_parameters(remove_duplicate=False)
             with torch.no_grad():
-                for key, value in self._composed(parameters, coef).items():
-                    parameters[key].copy_(value)
+                for key, value in self._composed(tensors, coef).items():
+                    tensors[key].copy_(value)
             return module
         return {**target, **self._composed(target, coef)}
 
@@ -261,7 +253,7 @@ class TaskVector:
             for key, delta in self.deltas.items()
             if key in target and target[key].shape != delta.shape
         ]
-        _raise_if(problems, "the task vector does not fit the model")
+        raise_if(problems, "the task vector does not fit the model")
         factors = torch.as_tensor(coef, dtype=torch.float32)
         factors = factors.reshape(1, -1) if factors.dim() else factors.reshape(1)
         check_coef(factors, 1, len(self.deltas), factors.device)
@@ -307,7 +299,7 @@ class TaskVector:
                 for key, delta in mine.items()
                 if key in theirs and theirs[key].shape != delta.shape
             ]
-            _raise_if(sorted(problems), "the task vectors do not match")
+            raise_if(sorted(problems), "the task vectors do not match")
         if self.base and other.base and self.base != other.base:
             raise ValueError(
                 "the task vectors come from different pre-trained models: only vectors of one base "
@@ -341,19 +333,8 @@ def _is_finite(delta: Delta) -> bool:
     return delta.is_finite() if isinstance(delta, LowRank) else bool(torch.isfinite(delta).all())
 
 
-def _is_statistic(name: str) -> bool:
-    return name.rsplit(".", 1)[-1] in _STATISTICS
-
-
 def _check_finite(deltas: Mapping[str, Delta]) -> None:
-    _raise_if(
+    raise_if(
         [f"{key} ({delta.dtype})" for key, delta in deltas.items() if not _is_finite(delta)],
         "a task vector must be finite, but these blocks hold infinities or NaN",
     )
-
-
-def _raise_if(problems: list[str], headline: str) -> None:
-    """One ValueError that lists the problems, the first twenty of them in words."""
-    if problems:
-        more = [f"... and {len(problems) - 20} more"] if len(problems) > 20 else []
-        raise ValueError("\n  ".join([f"{headline}:", *map(printable, problems[:20]), *more]))

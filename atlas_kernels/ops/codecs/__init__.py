@@ -40,6 +40,8 @@ def parse_codec(text: str) -> tuple[Codec | None, float]:
 
     Raises ValueError for anything else.
     """
+    if not isinstance(text, str):
+        raise TypeError(f"codec is a {type(text).__name__}, expected a name such as 'bf16'")
     name, _, bits = text.partition(":")
     if name != "auto":
         return codec_named(text), 0.0
