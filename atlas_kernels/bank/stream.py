@@ -85,16 +85,20 @@ class Stream:
                 self._base[column] = block.base
                 if groups:
                     self._keys[column] = tile_keys([bank.blocks[column]], block.layout, seed)
-        size = max((piece.nbytes for block in self._pieces for piece in block), default=0)
-        self._buffers: SimpleQueue[_Buffer] = SimpleQueue()
-        for _ in range(SLOTS):
-            self._buffers.put(_Buffer(size, device))
-        self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="atlas-kernels-stream")
-        self._pending: dict[_Piece, Future[_Buffer]] = {}
+        self._start()
         # The block that came after three others the last time. Three, because a weight and a bias
         # follow each other in a layer's forward pass, and in its backward pass.
         self._next: dict[tuple[int, ...], int] = {}
         self._last: tuple[int, ...] = (-1, -1, -1)
+
+    def _start(self) -> None:
+        self._process = os.getpid()
+        size = max((piece.nbytes for block in self._pieces for piece in block), default=0)
+        self._buffers: SimpleQueue[_Buffer] = SimpleQueue()
+        for _ in range(SLOTS):
+            self._buffers.put(_Buffer(size, self._device))
+        self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="atlas-kernels-stream")
+        self._pending: dict[_Piece, Future[_Loan]] = {}
 
     def compose(self, column: int, coef: Tensor, /) -> Tensor:
         """``base + sum_i coef[i] * delta_i`` [P'] of a block; P' with padding.
@@ -122,6 +126,9 @@ class Stream:
 
         And with the keys of their tiles, if blocks are partitioned.
         """
+        if self._process != os.getpid():
+            # A fork: the threads that read stayed behind.
+            self._start()
         keys = self._keys[column]
         self._next[self._last] = column
         self._last = (*self._last[1:], column)
@@ -131,17 +138,18 @@ class Stream:
             future = self._pending.pop(piece)
             self._request(column, k + 1)
             try:
-                buffer = future.result()
+                loan = future.result()
             except (OSError, FileFormatError):
                 # It was read ahead, perhaps long ago: what was wrong may have passed.
-                buffer = self._filled(piece)
+                loan = self._filled(piece)
+            # The loan's only holder from here on.
+            del future
             try:
                 elements = slice(piece.start, piece.end)
                 key = None if keys is None else keys[piece.start // TILE : -(-piece.end // TILE)]
-                yield elements, self._segment(piece, buffer), key
+                yield elements, self._segment(piece, loan.buffer), key
             finally:
-                buffer.release()
-                self._buffers.put(buffer)
+                loan.end()
 
     def __deepcopy__(self, memo: dict[int, object]) -> Stream:
         return Stream(self._bank, self.groups, self._seed)
@@ -204,30 +212,30 @@ class Stream:
             yield from self._pieces[following]
             last = (*last[1:], following)
 
-    def _discard(self, future: Future[_Buffer]) -> None:
-        def give_back(done: Future[_Buffer]) -> None:
-            if not done.cancelled() and done.exception() is None:
-                self._buffers.put(done.result())
-
+    def _discard(self, future: Future[_Loan]) -> None:
+        # What was read all the same comes back when the future is gone.
         future.cancel()
-        future.add_done_callback(give_back)
 
-    def _filled(self, piece: _Piece) -> _Buffer:
-        buffer = self._buffers.get()
+    def _filled(self, piece: _Piece) -> _Loan:
+        loan = _Loan(self._buffers)
         try:
-            for name, (start, end) in (("deltas", piece.deltas), ("scales", piece.scales)):
-                room = buffer.room(name, piece)
-                found = self._source.read(f"{name}.{piece.segment}", start, end - start, room)
-                buffer.found[name] = found
-            if piece.checksum is not None and crc(*buffer.found.values()) != piece.checksum:
-                raise FileFormatError(
-                    f"{self._bank.path}: a checksum of block {self._bank.blocks[piece.column]!r} "
-                    "fails: the file was damaged or changed since it was written. Pack it again"
-                )
+            self._fill(loan.buffer, piece)
         except BaseException:
-            self._buffers.put(buffer)
+            # The error itself would keep it.
+            loan.end()
             raise
-        return buffer
+        return loan
+
+    def _fill(self, buffer: _Buffer, piece: _Piece) -> None:
+        for name, (start, end) in (("deltas", piece.deltas), ("scales", piece.scales)):
+            room = buffer.room(name, piece)
+            found = self._source.read(f"{name}.{piece.segment}", start, end - start, room)
+            buffer.found[name] = found
+        if piece.checksum is not None and crc(*buffer.found.values()) != piece.checksum:
+            raise FileFormatError(
+                f"{self._bank.path}: a checksum of block {self._bank.blocks[piece.column]!r} "
+                "fails: the file was damaged or changed since it was written. Pack it again"
+            )
 
     def _segment(self, piece: _Piece, buffer: _Buffer) -> Segment:
         segment = self._bank.segments[piece.segment]
@@ -307,6 +315,23 @@ class _Piece:
 def _room(count: int) -> int:
     """Bytes of the blocks in which so many bytes may lie, wherever they start."""
     return padded(count, BLOCK) + BLOCK
+
+
+class _Loan:
+    """A buffer until nobody has it any more: no interrupt and no error can lose it.
+
+    Waits for a free one.
+    """
+
+    def __init__(self, buffers: SimpleQueue[_Buffer]) -> None:
+        self.buffer = buffers.get()
+        self.end = weakref.finalize(self, _give_back, self.buffer, buffers)
+        self.end.atexit = False
+
+
+def _give_back(buffer: _Buffer, buffers: SimpleQueue[_Buffer]) -> None:
+    buffer.release()
+    buffers.put(buffer)
 
 
 class _Buffer:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import os
 import random
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -438,3 +440,50 @@ def test_models_refuse_a_bank_in_memory_at_once() -> None:
     bank = ak.TaskVectorBank.from_task_vectors(module, [vector])
     with pytest.raises(ValueError, match=r"bank is in memory: save it and use TaskVectorBank.load"):
         ak.ComposedModel(module, bank, memory="stream")
+
+
+def test_interrupts_lose_no_buffer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After SLOTS of them every step would wait for ever."""
+    bank = make_file(tmp_path / "b.safetensors")
+    stream = Stream(bank)
+    coef = torch.randn(len(bank.names))
+    expected = [stream.compose(column, coef) for column in range(len(bank.blocks))]
+    real, slots = stream_module.Future.result, stream_module.SLOTS
+    for place in ("before", "after"):
+        for _ in range(2 * slots):
+
+            def interrupted(future: Any, timeout: Any = None, place: str = place) -> Any:
+                if place == "after":
+                    real(future, timeout)
+                raise KeyboardInterrupt
+
+            with monkeypatch.context() as patch:
+                patch.setattr(stream_module.Future, "result", interrupted)
+                with pytest.raises(KeyboardInterrupt):
+                    stream.compose(0, coef)
+    for column, value in enumerate(expected):
+        assert torch.equal(stream.compose(column, coef), value)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_fork_reads_with_threads_of_its_own(tmp_path: Path) -> None:
+    bank = make_file(tmp_path / "b.safetensors")
+    stream = Stream(bank)
+    coef = torch.randn(len(bank.names))
+    expected = stream.compose(0, coef)
+    child = os.fork()
+    if not child:
+        try:
+            os._exit(0 if torch.equal(stream.compose(0, coef), expected) else 1)
+        except BaseException:
+            os._exit(2)
+    for _ in range(600):
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            break
+        time.sleep(0.05)
+    else:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        pytest.fail("the child hangs")
+    assert os.waitstatus_to_exitcode(status) == 0

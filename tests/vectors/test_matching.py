@@ -117,9 +117,7 @@ def test_quantised_checkpoints_are_refused(state: Any, kind: str) -> None:
 
 def test_an_integer_tensor_in_place_of_a_float_is_listed() -> None:
     integers = {"a.weight": torch.zeros(4, 8).long(), "b": torch.ones(2)}
-    with pytest.raises(
-        ValueError, match=r"a.weight: torch.float32 in one model, torch.int64 in the"
-    ):
+    with pytest.raises(ValueError, match=r"a.weight: torch.float32 in one model, torch.int64"):
         ak.TaskVector.from_state_dicts({**WEIGHT, "b": torch.ones(2)}, integers)
 
 
