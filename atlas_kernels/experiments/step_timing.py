@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 from ..bank import TaskVectorBank
-from ..models import PeakMemory
+from ..models import PeakMemory, call_with
 from ..ops import codec_named
 from ..vectors import to_dense
 from .setting import Setting
@@ -58,7 +57,7 @@ def step_cost(setting: Setting[Any], *, repeats: int = 15) -> dict[str, Any]:
             for i in range(len(deltas)):
                 theta = theta + coef[i, b] * deltas[i][b]
             weights[f"encoder.{block}"] = theta
-        logits = functional_call(plain, weights, (images,))
+        logits = call_with(plain, weights, (images,))
         return torch.autograd.grad(cross_entropy(logits, labels), coef)[0]
 
     steps: dict[str, Callable[[], Tensor]] = {"fused": fused, "loop": loop}

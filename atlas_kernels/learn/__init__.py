@@ -11,10 +11,8 @@ from .adapters import (
     tip_adapter,
 )
 from .analysis import (
-    block_cosines,
     cosines,
     disentanglement_error,
-    each_alone,
     norm_matched,
     off_diagonal_mean,
     random_basis,
@@ -103,11 +101,9 @@ __all__ = [
     "accuracy",
     "adapt",
     "add",
-    "block_cosines",
     "classify",
     "cosines",
     "disentanglement_error",
-    "each_alone",
     "features",
     "finetune",
     "gradient_scores",

@@ -1,13 +1,12 @@
-"""What task vectors do to each other, and what each is worth: numbers behind the pictures."""
+"""What task vectors do to each other, and noise to compare them with: numbers behind the pictures."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..bank import TaskVectorBank
 from ..files import digest
 from ..models import ComposedModel
 from ..tasks.images import Images
@@ -117,45 +116,24 @@ def cosines(vectors: Sequence[TaskVector]) -> Tensor:
     Raises:
         ValueError: two vectors have blocks of one name and different shapes.
     """
-    return _normalized(torch.stack([*_products(vectors).values()]).sum(0))
-
-
-def block_cosines(vectors: Sequence[TaskVector]) -> dict[str, Tensor]:
-    """`cosines` of every block by itself."""
-    return {block: _normalized(products) for block, products in _products(vectors).items()}
-
-
-def each_alone(
-    module: nn.Module,
-    vectors: Sequence[TaskVector],
-    score: Callable[[ComposedModel], float],
-    *,
-    codec: str = "bf16",
-) -> dict[str, float]:
-    """How informative every vector is by itself: its name to the score that it reaches alone.
-
-    Args:
-        module: holds the base.
-        vectors: one or more, named.
-        score: learns or searches the coefficients of an encoder composed of one vector, from zero
-            on, and returns what it reaches, such as test accuracy.
-        codec: of the banks.
-
-    Source: aTLAS (arXiv 2407.02880), section 5.2: vectors that fit the target alone come first.
-
-    Example (``head``, ``batches``, ``validate`` and ``test`` as for `learn`):
-        .. code-block:: python
-
-            def score(encoder):
-                model = ImageClassifier(encoder, head)
-                learn(model, classify, batches, Recipe(), evaluate=validate)
-                return test(model)
-    """
-    scores = {}
-    for vector in vectors:
-        bank = TaskVectorBank.from_task_vectors(module, [vector], codec=codec)
-        scores[vector.name] = score(ComposedModel(module, bank))
-    return scores
+    products = torch.zeros(len(vectors), len(vectors), dtype=torch.float64)
+    for block in dict.fromkeys(block for vector in vectors for block in vector.deltas):
+        rows = [row for row, vector in enumerate(vectors) if block in vector.deltas]
+        dense = [to_dense(vectors[row].deltas[block]) for row in rows]
+        for row, delta in zip(rows, dense, strict=True):
+            if delta.shape != dense[0].shape:
+                raise ValueError(
+                    f"{block}: shapes {tuple(dense[0].shape)} in {vectors[rows[0]].name!r} and"
+                    f" {tuple(delta.shape)} in {vectors[row].name!r}"
+                )
+        grid = torch.tensor(rows)
+        for parts in zip(*(delta.flatten().split(_CHUNK) for delta in dense), strict=True):
+            matrix = torch.stack([part.double() for part in parts])
+            products[grid[:, None], grid] += matrix @ matrix.T
+    squares = products.diagonal()
+    # One root of the product, not a product of roots: a vector's cosine with itself is 1.
+    lengths = (squares[:, None] * squares).sqrt()
+    return torch.where(lengths > 0, products / lengths, 0.0)
 
 
 def random_basis(base: Mapping[str, Tensor], count: int, seed: int) -> list[TaskVector]:
@@ -209,32 +187,3 @@ def norm_matched(vector: TaskVector, seed: int) -> TaskVector:
         noise = torch.randn(delta.shape, generator=generator)
         deltas[name] = noise * (to_dense(delta).norm() / noise.norm())
     return TaskVector({**deltas}, base=vector.base, name=f"random-{vector.name}")
-
-
-def _products(vectors: Sequence[TaskVector]) -> dict[str, Tensor]:
-    """Inner products of all pairs, float64 [N, N], by block."""
-    blocks = dict.fromkeys(block for vector in vectors for block in vector.deltas)
-    products = {}
-    for block in blocks:
-        rows = [row for row, vector in enumerate(vectors) if block in vector.deltas]
-        dense = [to_dense(vectors[row].deltas[block]) for row in rows]
-        for row, delta in zip(rows, dense, strict=True):
-            if delta.shape != dense[0].shape:
-                raise ValueError(
-                    f"{block}: shapes {tuple(dense[0].shape)} in {vectors[rows[0]].name!r} and"
-                    f" {tuple(delta.shape)} in {vectors[row].name!r}"
-                )
-        sums = torch.zeros(len(vectors), len(vectors), dtype=torch.float64)
-        grid = torch.tensor(rows)
-        for parts in zip(*(delta.flatten().split(_CHUNK) for delta in dense), strict=True):
-            matrix = torch.stack([part.double() for part in parts])
-            sums[grid[:, None], grid] += matrix @ matrix.T
-        products[block] = sums
-    return products
-
-
-def _normalized(products: Tensor) -> Tensor:
-    squares = products.diagonal()
-    # One root of the product, not a product of roots: a vector's cosine with itself is 1.
-    lengths = (squares[:, None] * squares).sqrt()
-    return torch.where(lengths > 0, products / lengths, 0.0)

@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
-from ..models import ComposedModel
+from ..models import ComposedModel, call_with
 from .trainer import Recipe
 
 PER_INSTANCE = Recipe(epochs=1, lr=1e-4, warmup=500)
@@ -62,11 +61,11 @@ class PerInstance(nn.Module):
     def coefficients(self, images: Tensor) -> Tensor:
         """Coefficients (N,) of a batch of images."""
         with torch.no_grad():
-            # The module's own parameters are the base.
+            # Its own coefficients are zero: the base.
             features = self.encoder.module(images)
         coef: Tensor = self.predictor(features.to(self.predictor.weight.dtype)).mean(0)
         return coef
 
     def forward(self, images: Tensor) -> Any:
         """The encoder's features of images, with the coefficients of this batch."""
-        return functional_call(self.encoder, {"coef": self.coefficients(images)}, (images,))
+        return call_with(self.encoder, {"coef": self.coefficients(images)}, (images,))

@@ -1,4 +1,4 @@
-"""Disentanglement, cosines, random controls, and what a vector is worth alone."""
+"""Disentanglement, cosines and random controls."""
 
 import math
 
@@ -9,17 +9,13 @@ from torch import nn
 pytest.importorskip("open_clip")
 
 import atlas_kernels as ak
-from atlas_kernels.learn import search
 from atlas_kernels.learn.analysis import (
-    block_cosines,
     cosines,
     disentanglement_error,
-    each_alone,
     norm_matched,
     off_diagonal_mean,
     random_basis,
 )
-from atlas_kernels.learn.grid_search import GRID, isotropic
 from atlas_kernels.tasks.embedded.image_task import embedded_task
 from atlas_kernels.tasks.images.images import Images
 
@@ -116,16 +112,12 @@ def test_cosines_against_those_of_pairs(monkeypatch) -> None:
     low = ak.LowRank(torch.randn(8, 2), torch.randn(2, 5), 0.5)
     vectors.append(ak.TaskVector({**vectors[0].deltas, "0.weight": low}))
     vectors.append(vectors[0] * 0)
-    found, blocks = cosines(vectors), block_cosines(vectors)
-    assert list(blocks) == list(vectors[0].deltas)
+    found = cosines(vectors)
     for i, one in enumerate(vectors):
         for k, other in enumerate(vectors):
             # Both are sums in float64 of float32 products; a low-rank dot never is dense, and its
             # factors' products round to float32 in `to_dense`.
             assert found[i, k].item() == pytest.approx(one.cosine(other), abs=1e-6)
-            for block, matrix in blocks.items():
-                pair = [ak.TaskVector({block: v.deltas[block]}) for v in (one, other)]
-                assert matrix[i, k].item() == pytest.approx(pair[0].cosine(pair[1]), abs=1e-6)
     assert found.diagonal().tolist() == [1, 1, 1, 1, 1, 0]
 
 
@@ -133,7 +125,6 @@ def test_cosines_of_vectors_with_different_blocks() -> None:
     one = ak.TaskVector({"a": torch.tensor([3.0]), "b": torch.tensor([4.0])}, name="one")
     two = ak.TaskVector({"b": torch.tensor([2.0])}, name="two")
     assert cosines([one, two])[0, 1].item() == pytest.approx(0.8, rel=1e-15)
-    assert block_cosines([one, two])["a"].tolist() == [[1, 0], [0, 0]]
     three = ak.TaskVector({"b": torch.ones(2)}, name="three")
     with pytest.raises(ValueError, match=r"b: shapes \(1,\) in 'one' and \(2,\) in 'three'"):
         cosines([one, two, three])
@@ -180,37 +171,10 @@ def test_noise_of_the_same_norm() -> None:
         length = ak.TaskVector({block: vector.deltas[block]}).norm()
         assert delta.norm().item() == pytest.approx(length, rel=1e-5)
     # 1200 draws: the cosine has a deviation of 1/35; five of them.
-    assert abs(block_cosines([vector, noise])["w"][0, 1]) < 5 / 35
+    one, other = (ak.TaskVector({"w": its.deltas["w"]}) for its in (vector, noise))
+    assert abs(one.cosine(other)) < 5 / 35
     assert torch.equal(norm_matched(vector, seed=5).deltas["w"], noise.deltas["w"])
     assert not torch.equal(norm_matched(vector, seed=6).deltas["w"], noise.deltas["w"])
-
-
-def test_each_vector_alone() -> None:
-    module = net()
-    before = {name: p.clone() for name, p in module.named_parameters()}
-    useful, useless = vector_of(module, "useful"), vector_of(module, "useless")
-    inputs = torch.randn(400, 5)
-    labels = useful.apply_to(module)(inputs).argmax(1)
-    seen = []
-
-    def score(encoder: ak.ComposedModel) -> float:
-        assert not encoder.coef.any()
-        seen.append(encoder.bank.names)
-
-        def evaluate() -> float:
-            return (encoder(inputs).argmax(1) == labels).double().mean().item()
-
-        return search(encoder, isotropic(encoder.coef, GRID), evaluate)[1]
-
-    scores = each_alone(module, [useful, useless], score, codec="fp32")
-    assert seen == [("useful",), ("useless",)]
-    assert list(scores) == ["useful", "useless"]
-    # At factor 1 it is the model that made the labels.
-    assert scores["useful"] >= 0.99
-    start = (module(inputs).argmax(1) == labels).double().mean().item()
-    assert start <= scores["useless"] < 0.9
-    for name, parameter in module.named_parameters():
-        assert torch.equal(parameter, before[name])
 
 
 def test_larger_steps_of_the_embedded_vectors_disturb_more() -> None:
