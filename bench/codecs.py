@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
@@ -25,7 +24,7 @@ from atlas_kernels.ops.layout import Layout
 
 from . import arguments
 from .cases import Case, vit_b_32
-from .measure import BACKENDS, bandwidth_probes, interleaved, machine, write_rows
+from .measure import BACKENDS, bandwidth_probes, interleaved, write_rows
 
 Row = dict[str, Any]
 NAMES = ("bf16", "int8", "int4", "int3", "int2", "sign")
@@ -39,10 +38,7 @@ def main() -> None:
     parser = arguments.timing("codecs", __doc__, 9)
     parser.add_argument("--vectors", type=int, default=21, metavar="N")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    console = Console(width=None if Console().is_terminal else 120)
-    device = machine(args.device)
-    console.print({key: value for key, value in device.items() if key != "backends"})
+    console, device = arguments.started(args)
     rows = list(throughput(vit_b_32(args.vectors), args.repeats, args.device))
     for backend in BACKENDS[args.device]:
         console.print(table([row for row in rows if row["backend"] == backend]))

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 import atlas_kernels as ak
@@ -25,7 +24,7 @@ from atlas_kernels.ops.layout import TILE
 from . import arguments
 from .cases import Inputs, vit_b_32
 from .codecs import random_segment
-from .measure import bandwidth_probes, interleaved, machine, write_rows
+from .measure import bandwidth_probes, interleaved, write_rows
 from .partitions import coefficients, keys_of
 
 Row = dict[str, Any]
@@ -36,11 +35,10 @@ WARPS = {"backward": (4, 8, 16), "packed": (2, 4, 8, 16), "partition": (8, 16, 3
 
 def main() -> None:
     """Runs the measurements and prints a table."""
-    parser = arguments.timing("launches", __doc__, 9)
+    parser = arguments.timing("launches", __doc__, 9, ("cuda",))
     parser.add_argument("--vectors", type=int, nargs="+", default=[1, 8, 21], metavar="N")
     args = parser.parse_args()
-    console = Console(width=None if Console().is_terminal else 120)
-    device = machine("cuda")
+    console, device = arguments.started(args)
     rows = [row for n in args.vectors for row in measured(n, args.repeats)]
     table = Table(title=device["gpu"], title_justify="left")
     for heading in ("kernel", "N", "tile", "warps", "unrolled", "ms", "of bandwidth"):

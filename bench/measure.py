@@ -91,14 +91,15 @@ def with_peak(function: Callable[[], Any], device: str = "cpu") -> tuple[Any, in
         return result, torch.cuda.max_memory_allocated() - allocated
     try:
         Path("/proc/self/clear_refs").write_text("5")
-        before = _status("VmRSS")
+        before = status("VmRSS")
     except OSError:
         return function(), None
     result = function()
-    return result, _status("VmHWM") - before
+    return result, status("VmHWM") - before
 
 
-def _status(key: str) -> int:
+def status(key: str) -> int:
+    """A size of this process in bytes, such as its resident one (VmRSS), as Linux tells it."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{key}:"):
             return int(line.split()[1]) * 1024

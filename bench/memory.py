@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -35,7 +34,7 @@ from atlas_kernels.models import PeakMemory, activation_bytes
 from atlas_kernels.tasks.clip import image_encoder
 
 from . import arguments
-from .measure import learning_step, machine
+from .measure import learning_step, status
 
 MODES = ("whole", "recompute", "stream")
 _MEGABYTE = 1e6
@@ -46,7 +45,7 @@ def main() -> None:
     parser = arguments.parser("memory", __doc__)
     commands = parser.add_subparsers(required=True)
     several = commands.add_parser("peaks")
-    several.set_defaults(run=peaks)
+    several.set_defaults(run=peaks, device="cpu")
     several.add_argument("--vectors", type=int, nargs="+", default=[4, 16, 64], metavar="N")
     streaming = commands.add_parser("stream")
     streaming.set_defaults(run=stream)
@@ -68,8 +67,7 @@ def main() -> None:
 
 def peaks(args: argparse.Namespace) -> None:
     """Prints a table of peaks by memory mode and number of task vectors."""
-    console = Console(width=None if Console().is_terminal else 120)
-    console.print({key: value for key, value in machine().items() if key != "backends"})
+    console, _ = arguments.started(args)
     table = Table(title=f"One step on ViT-B/32, codec {args.codec}, batch {args.batch}; MB")
     for heading in ("memory", "N", "bank", "counted", "resident", "predicted", "gradient"):
         table.add_column(heading, justify="right")
@@ -204,14 +202,6 @@ def drop_cache(path: Path) -> None:
     with open(path, "rb") as file:
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def status(key: str) -> int:
-    """A size of this process in bytes, from /proc."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(key):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {key}")
 
 
 def _count_reads(model: ak.ComposedModel, total: list[int]) -> None:

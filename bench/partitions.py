@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
@@ -27,7 +26,7 @@ from atlas_kernels.ops.layout import TILE, pieces
 from . import arguments
 from .cases import Case, vit_b_32
 from .codecs import DIRECTIONS, VERIFIED_BLOCKS, random_segment
-from .measure import BACKENDS, interleaved, machine, write_rows
+from .measure import BACKENDS, interleaved, write_rows
 
 Row = dict[str, Any]
 Functions = dict[str, Callable[[], Tensor]]
@@ -42,10 +41,7 @@ def main() -> None:
     parser.add_argument("--vectors", type=int, default=21, metavar="N")
     parser.add_argument("--blocks", type=int, default=152)
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    console = Console(width=None if Console().is_terminal else 120)
-    device = machine(args.device)
-    console.print({key: value for key, value in device.items() if key != "backends"})
+    console, device = arguments.started(args)
     case = vit_b_32(args.vectors)
     case = Case(case.name, case.shapes[: args.blocks], args.vectors)
     rows = list(throughput(case, args.groups, args.repeats, args.device))

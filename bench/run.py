@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
@@ -25,7 +24,6 @@ from .measure import (
     Seconds,
     bandwidth_probes,
     interleaved,
-    machine,
     with_peak,
     write_rows,
 )
@@ -40,11 +38,8 @@ def main() -> None:
     parser.add_argument("--vectors", type=int, nargs="+", default=[1, 8, 21], metavar="N")
     parser.add_argument("--ways", nargs="+", choices=list(WAYS))
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    console = Console(width=None if Console().is_terminal else 120)
-    device = machine(args.device)
+    console, device = arguments.started(args)
     ways = args.ways or [w for w in WAYS if args.device == "cuda" or not w.startswith("triton")]
-    console.print({key: value for key, value in device.items() if key != "backends"})
     rows: list[Row] = []
     for num_vectors in args.vectors:
         rows += throughput(num_vectors, ways, args.repeats, args.device)

@@ -17,7 +17,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -26,7 +25,7 @@ import atlas_kernels as ak
 from atlas_kernels.tasks.clip import image_encoder
 
 from . import arguments
-from .measure import interleaved, learning_step, machine, with_peak, write_rows
+from .measure import interleaved, learning_step, with_peak, write_rows
 
 Row = dict[str, Any]
 
@@ -38,10 +37,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--codecs", nargs="+", default=["bf16", "int4"])
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    console = Console(width=None if Console().is_terminal else 120)
-    device = machine(args.device)
-    console.print({key: value for key, value in device.items() if key != "backends"})
+    console, device = arguments.started(args)
     rows = list(measured(args))
     table = Table(
         title=f"ViT-B/32, N = {args.vectors}, batch {args.batch}, float32", title_justify="left"

@@ -365,11 +365,23 @@ class Single(Schema):
     run: AnyRun
 
     @model_validator(mode="after")
-    def _blocks_are_those_of_the_bank(self) -> Single:
-        if isinstance(self.source, Own) and getattr(self.run, "weights_only", False):
+    def _a_bank_is_taken_as_it_is(self) -> Single:
+        if not isinstance(self.source, Own):
+            return self
+        fields = self.run.model_dump()
+        if fields.get("weights_only"):
             raise ValueError(
                 "weights_only chooses blocks while a bank is packed, and this one is: pack it with "
                 "--exclude for biases and normalisation, or leave weights_only out"
+            )
+        plain = {"sources": (), "strict": False, "select": "all", "bases": "vectors"}
+        asked = [name for name, value in plain.items() if fields.get(name, value) != value]
+        if fields.get("how") == "own":
+            asked.append("how 'own'")
+        if asked:
+            raise ValueError(
+                f"{asked[0]} needs the task vectors one by one, and a bank has them packed: pack "
+                "one of those that are to learn, or give checkpoints"
             )
         return self
 

@@ -74,8 +74,7 @@ def _start(setting: Setting[FewShotRun], few: LabelledImages) -> nn.Module:
         return space.encoder().requires_grad_(run.how == "fine-tune")
     if run.how == "own":
         return setting.finetuned(space.vectors(run.vectors, [setting.target]))
-    vectors = None if space.packed else _chosen(setting, few)
-    return setting.compose(vectors, **setting.choice)
+    return setting.compose(_chosen(setting, few))
 
 
 def _fit(
@@ -151,7 +150,7 @@ def _selected(
         theirs = [space.features(name) for name in names]
         chosen = select_by_features(features(base, few.images), theirs, budget)
     else:
-        encoder = setting.compose(vectors, **setting.choice)
+        encoder = setting.compose(vectors)
         scores = gradient_scores(setting.classifier(encoder), encoder, setting.batches(few))
         if run.select == "block":
             blocks = encoder.bank.blocks

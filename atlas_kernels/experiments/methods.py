@@ -107,12 +107,10 @@ def _addition(setting: Setting[AdditionRun]) -> Result:
     run = setting.run
     space = setting.space
     names = run.tasks or space.tasks
-    vectors = {} if space.packed else space.vectors(run.vectors, names)
+    vectors = setting.vectors_of(names)
     # Accuracies of the tasks' own models, by which those of the sum are divided.
-    tuned = [{"validation": 1.0, "test": 1.0} for _ in names]
-    if not space.packed:
-        tuned = [_finetuned(setting, name, vectors[name]) for name in names]
-    encoder = setting.compose(vectors, **setting.choice)
+    tuned = [_finetuned(setting, name, vectors.get(name)) for name in names]
+    encoder = setting.compose(vectors)
     tasks = [
         _joint_task(setting, name, its["validation"])
         for name, its in zip(names, tuned, strict=True)
@@ -141,8 +139,12 @@ def _addition(setting: Setting[AdditionRun]) -> Result:
     return Result(metrics, encoder, outcome.learned if outcome else None)
 
 
-def _finetuned(setting: Setting[AdditionRun], name: str, vector: TaskVector) -> dict[str, float]:
-    """Accuracies of a task's own fine-tuned model."""
+def _finetuned(
+    setting: Setting[AdditionRun], name: str, vector: TaskVector | None
+) -> dict[str, float]:
+    """Accuracies of a task's own fine-tuned model; 1 where that is not known."""
+    if vector is None:
+        return {"validation": 1.0, "test": 1.0}
     model = setting.classifier(setting.finetuned({name: vector}), name)
     task = setting.space.task(name)
     return {
@@ -156,8 +158,7 @@ def _negation(setting: Setting[NegationRun]) -> Result:
     space, target = setting.space, setting.target
     if run.control is None:
         raise ValueError("negation needs a control task to keep")
-    vectors = None if space.packed else space.vectors(run.vectors, [target])
-    encoder = setting.compose(vectors, **setting.choice)
+    encoder = setting.compose(setting.vectors_of([target]))
     tasks = [_joint_task(setting, name) for name in (target, run.control)]
     outcome: Outcome | None = None
     if run.how == "coefficients":

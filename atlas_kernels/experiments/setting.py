@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
@@ -103,8 +103,10 @@ class Setting(Generic[R]):
         return self.run.target
 
     def vectors(self) -> dict[str, TaskVector]:
-        """The task vectors that the run may use: never the target's own."""
+        """The task vectors that the run may use: never the target's own; none of a packed bank."""
         run, space = self.run, self.space
+        if space.packed:
+            return {}
         names = [
             name
             for name in run.sources or space.vector_names(run.vectors)
@@ -112,34 +114,39 @@ class Setting(Generic[R]):
         ]
         return space.vectors(run.vectors, names)
 
-    @property
-    def choice(self) -> dict[str, Any]:
-        """The blocks that learn, as options of `compose`."""
-        only = getattr(self.run, "weights_only", False)
-        return {"include": weights_only(self.space.encoder())} if only else {}
+    def vectors_of(self, names: Sequence[str]) -> dict[str, TaskVector]:
+        """The task vectors of these tasks; none of a packed bank."""
+        return {} if self.space.packed else self.space.vectors(self.run.vectors, names)
 
-    def compose(
-        self, vectors: Mapping[str, TaskVector] | None = None, **choice: Any
+    def compose(self, vectors: Mapping[str, TaskVector] | None = None) -> ComposedModel:
+        """The base's encoder, to be composed of task vectors as the run says.
+
+        ``vectors`` are those of `vectors` by default; a workspace's packed bank stands for any.
+        """
+        chosen = self.vectors() if vectors is None else vectors
+        only = getattr(self.run, "weights_only", False)
+        return self._composed(chosen, weights_only(self.space.encoder()) if only else None)
+
+    def finetuned(self, vector: Mapping[str, TaskVector]) -> ComposedModel:
+        """The encoder that a task vector was taken from: all blocks of it, whichever may learn."""
+        encoder = self._composed(vector, None)
+        nn.init.ones_(encoder.coef)
+        return encoder
+
+    def _composed(
+        self, vectors: Mapping[str, TaskVector], include: Sequence[str] | None
     ) -> ComposedModel:
-        """The base's encoder, to be composed of task vectors as the run says."""
         run, space = self.run, self.space
-        chosen = {} if space.packed else self.vectors() if vectors is None else vectors
-        bank, encoder = space.bank(run, chosen, self.folder, **choice), space.encoder()
+        bank, encoder = space.bank(run, vectors, self.folder, include), space.encoder()
         if run.vectors == "linear":
             granularity = cast(Any, run.granularity)
-            return LinearizedModel(encoder, bank, granularity=granularity).to(self.space.device)
+            return LinearizedModel(encoder, bank, granularity=granularity).to(space.device)
         options: dict[str, Any] = {}
         if run.granularity == "partition":
             options = {"partitions": run.partitions, "seed": run.seed}
         return ComposedModel(
             encoder, bank, granularity=run.granularity, memory=run.memory, **options
-        ).to(self.space.device)
-
-    def finetuned(self, vector: Mapping[str, TaskVector]) -> ComposedModel:
-        """The encoder that a task vector was taken from."""
-        encoder = self.compose(vector)
-        nn.init.ones_(encoder.coef)
-        return encoder
+        ).to(space.device)
 
     def classifier(self, encoder: nn.Module, task: str | None = None) -> ImageClassifier:
         """The encoder under the zero-shot head of a task."""

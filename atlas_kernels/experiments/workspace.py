@@ -113,18 +113,23 @@ class Workspace(ABC):
         raise ValueError(f"there are no images of {name} out of its domain")
 
     def bank(
-        self, run: Run, vectors: Mapping[str, TaskVector], folder: Path | None, **choice: Any
+        self,
+        run: Run,
+        vectors: Mapping[str, TaskVector],
+        folder: Path | None,
+        include: Sequence[str] | None,
     ) -> TaskVectorBank:
-        """The bank of some vectors, stored as the run says; ``choice`` is include or exclude.
+        """The bank of some vectors, stored as the run says, or the one that is packed already.
 
-        ``folder`` is where a bank that is streamed from its file lies.
+        ``folder`` is where a bank that is streamed from its file lies; ``include`` are patterns of
+        the blocks that are composed, all by default.
         """
         if self.packed is not None:
             return self.packed
         lora: Literal["product", "factorwise"] = (
             "factorwise" if run.vectors == "lora-factorwise" else "product"
         )
-        options: dict[str, Any] = {"codec": run.codec, "lora": lora, **choice}
+        options: dict[str, Any] = {"codec": run.codec, "lora": lora, "include": include}
         encoder = self.encoder()
         if run.memory == "stream":
             if folder is None:

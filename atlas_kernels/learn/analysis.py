@@ -1,4 +1,4 @@
-"""What task vectors do to each other, and noise to compare them with: numbers behind the pictures."""
+"""What task vectors do to each other, and noise to compare them with."""
 
 from __future__ import annotations
 

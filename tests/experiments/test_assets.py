@@ -111,6 +111,7 @@ def test_int8_files_keep_a_delta_to_half_a_step(tmp_path, shape, size: float) ->
     delta = size * torch.randn(shape)
     path = tmp_path / "v.safetensors"
     save_task_vector(path, {"w": delta}, "base")
+    assert describe(path)[0] == "embedded_vector"
     back = read_task_vector(path, "base")["w"]
     assert back.shape == delta.shape
     if not delta.numel():

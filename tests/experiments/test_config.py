@@ -102,6 +102,24 @@ def test_a_packed_bank_has_chosen_its_blocks() -> None:
     assert checked(Single, {"source": own, "run": {**run, "weights_only": False}}, "here")
 
 
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {"sources": ["cars"]},
+        {"strict": True},
+        {"select": "block", "budget": 2},
+        {"bases": "matched"},
+        {"how": "own"},
+    ],
+)
+def test_a_packed_bank_has_chosen_its_vectors(choice) -> None:
+    own = {"kind": "own", "bank": "b", "images": ["i"], "model": "m"}
+    run = {"method": "few-shot", **choice}
+    with pytest.raises(ValueError, match=f"here: .*{next(iter(choice))}.* one by one"):
+        checked(Single, {"source": own, "run": run}, "here")
+    assert checked(Single, {"run": run}, "here")
+
+
 def test_a_wrong_run_is_found_when_the_experiment_is_read() -> None:
     wrong = {**EXPERIMENT, "axis": {"field": "shots", "values": [1, 0], "label": "k"}}
     with pytest.raises(ValueError, match="greater than or equal to 1"):

@@ -16,13 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...files import digest, parts_of, read_tensors, write_tensors
+from ...files import describe, digest, parts_of, read_tensors, write_tensors
 from ...vectors import TaskVector
 from .model import load_model
 from .paths import WEIGHTS
 
 _VECTOR_PREFIX = "vector-"
-_KIND = "demo_vector"
+_KIND = "embedded_vector"
+# Of files written before they were named after their tasks; those that ship are such.
+_FORMER_KIND = "demo_vector"
 
 
 def fingerprint(module: nn.Module) -> str:
@@ -77,7 +79,8 @@ def read_task_vector(path: Path, base: str) -> dict[str, Tensor]:
         FileFormatError: it is damaged or of another kind.
         ValueError: it belongs to another base.
     """
-    tensors, fields = read_tensors(path, _KIND)
+    former = describe(path)[0] == _FORMER_KIND
+    tensors, fields = read_tensors(path, _FORMER_KIND if former else _KIND)
     with parts_of(path):
         found = fields["base"]
         names = [key.removeprefix("codes/") for key in tensors if key.startswith("codes/")]
