@@ -138,7 +138,8 @@ def table(rows: list[dict[str, Any]], zero_shot: float, shots: int) -> Table:
 
 def figure(rows: list[dict[str, Any]], zero_shot: float, shots: int) -> Figure:
     """Accuracy against bits per weight."""
-    made = plots.new_figure(7.0, 4.2)
+    title = f"Few-shot aTLAS (k = {shots}) on packed task vectors"
+    made = plots.new_figure(7.0, 4.2, title)
     axes = made.subplots()
     for row in rows:
         color = plots.ORANGE if row["codec"].startswith("auto") else plots.BLUE
@@ -174,9 +175,6 @@ def figure(rows: list[dict[str, Any]], zero_shot: float, shots: int) -> Figure:
     axes.set_ylabel("mean test accuracy, %")
     axes.set_ylim(100 * zero_shot - 5, 100 * max(row["mean"] for row in rows) + 5)
     axes.spines[["top", "right"]].set_visible(False)
-    made.suptitle(
-        f"Few-shot aTLAS (k = {shots}) on packed task vectors", x=0.01, ha="left", fontweight="bold"
-    )
     return made
 
 

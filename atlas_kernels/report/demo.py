@@ -32,7 +32,7 @@ _SHORT = {
 _ALIKE = 0.015
 # Of the curves, by experiment and arm; the last is drawn on top.
 _LOOKS = {
-    ("held-out", "own fine-tuned model (all images)"): (plots.GREY, "_", ":"),
+    ("held-out", "own fine-tuned model (all images)"): (plots.GREY, "p", ":"),
     ("held-out", "full fine-tuning"): (plots.PURPLE, "D", "-"),
     ("held-out", ATLAS): (plots.BLUE, "o", "-"),
     ("strict", ATLAS): (plots.BLUE, "*", "--"),
@@ -113,9 +113,9 @@ def print_results(records: Records) -> None:
     )
     print(
         "Behind aTLAS: mean of the differences target by target, +- standard error over targets,\n"
-        "and on how many targets; strict methods against the strict aTLAS. Time: learning or\n"
-        "searching on one thread. Peak memory: tensors of one learning step, or of evaluating one\n"
-        "batch where nothing is learned."
+        "and on how many targets; strict methods against the strict aTLAS, and that against the\n"
+        "other. Time: learning or searching on one thread. Peak memory: tensors of one learning\n"
+        "step, or of evaluating one batch where nothing is learned."
     )
 
 
@@ -175,7 +175,7 @@ def _accuracy_picture(records: Records) -> Figure:
             _label(experiment, arm),
             behind.mean,
             behind.error,
-            _LOOKS[experiment.name, arm.label][0],
+            *_LOOKS[experiment.name, arm.label][:2],
         )
         for experiment, arm in _arms(records)
         if (experiment.name, arm.label) in _LOOKS
@@ -222,19 +222,16 @@ def _merged(curves: Sequence[plots.Curve]) -> list[plots.Curve]:
 def _coefficient_picture(cells: Sequence[Cell], out: Path) -> Figure:
     maps: dict[str, Any] = {}
     blocks: Sequence[str] = ()
-    strongest = []
     for cell in cells:
         kept = Coefficients.load(kept_file(out, "coefficients", cell))
         coef, names, blocks = kept.values.numpy(), kept.names, kept.blocks
         # Sorted: vectors of one image set stand together.
         order = sorted(range(len(names)), key=lambda row: str(names[row]))
-        maps[str(cell.target)] = coef[order], [names[row] for row in order]
-        strongest.append(f"{cell.target} draws most on {names[int(abs(coef).mean(1).argmax())]}")
-    return plots.coefficient_figure(
-        maps,
-        blocks,
-        title=f"{strongest[0]}, in each block differently (k = {cells[0].value:g})",
-    )
+        strongest = names[int(abs(coef).mean(1).argmax())]
+        label = f"for {cell.target}, largest of {strongest}"
+        maps[label] = coef[order], [names[row] for row in order]
+    title = f"Learned coefficients differ from block to block (k = {cells[0].value:g})"
+    return plots.coefficient_figure(maps, blocks, title=title)
 
 
 def _task_picture(targets: Sequence[str]) -> Figure:
@@ -251,13 +248,14 @@ def _task_picture(targets: Sequence[str]) -> Figure:
 
 
 def _behind(records: Records, experiment: Experiment, arm: Arm, k: int) -> Behind | None:
-    """None for what the others are compared with, in an experiment of its own or in the first."""
-    if arm.label == ATLAS:
-        return None
+    """Behind an experiment's own learning per block, and this behind the first one's."""
     first = records.suite.experiments[0]
+    compared = (first,) if arm.label == ATLAS else (experiment, first)
     reference, atlas = next(
-        (each, its) for each in (experiment, first) for its in each.arms if its.label == ATLAS
+        (each, its) for each in compared for its in each.arms if its.label == ATLAS
     )
+    if (reference, atlas) == (experiment, arm):
+        return None
     ours = entry(records, reference, atlas, k, "test")
     theirs = entry(records, experiment, arm, k, "test")
     if ours is None or theirs is None:

@@ -26,7 +26,7 @@ from ..experiments import (
     standard_error,
     versions,
 )
-from ..files import write_atomically
+from ..files import printable, write_atomically
 from . import plots
 
 if TYPE_CHECKING:
@@ -128,7 +128,9 @@ def write_report(records: Records, folder: Path) -> Path:
     """
     from jinja2 import Environment, PackageLoader
 
-    environment = Environment(loader=PackageLoader("atlas_kernels.report"), autoescape=True)
+    environment = Environment(
+        loader=PackageLoader("atlas_kernels.report"), autoescape=True, finalize=_shown
+    )
     suite = records.suite
     page = environment.get_template("report.html.j2").render(
         suite=suite,
@@ -141,6 +143,11 @@ def write_report(records: Records, folder: Path) -> Path:
     path = folder / PAGE
     write_atomically(path, lambda name: Path(name).write_text(page, encoding="utf-8"))
     return path
+
+
+def _shown(value: Any) -> Any:
+    """What a template inserts: text from files without what a page would hide."""
+    return printable(value, keep="\n") if isinstance(value, str) else value
 
 
 def _section(records: Records, experiment: Experiment) -> dict[str, Any]:

@@ -6,7 +6,7 @@ No figure touches matplotlib's global state, and none needs a display.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from ..files import write_atomically
+from ..files import printable, write_atomically
 
 Array = npt.NDArray[Any]
 
@@ -64,6 +64,7 @@ class Comparison:
     value: float
     error: float | None
     color: str = GREY
+    marker: str = "o"
 
 
 def accuracy_figure(
@@ -78,22 +79,22 @@ def accuracy_figure(
 
     Accuracies and differences are shares of 1 and drawn in per cent.
     """
-    figure = new_figure(_WIDTH, 5.2)
+    figure = new_figure(_WIDTH, 5.2, title)
     left, right = figure.subplots(1, 2, width_ratios=(1.3, 1))
     ticks = sorted({x for curve in curves for x in curve.x})
     for index, curve in enumerate(curves):
         # Just side by side, so that no error bar hides another. Shots are on a logarithmic axis.
-        shift = 2 ** (0.012 * (index - (len(curves) - 1) / 2))
+        shift = 2 ** (0.02 * (index - (len(curves) - 1) / 2))
         left.errorbar(
             [x * shift for x in curve.x],
             [100 * y for y in curve.y],
             yerr=[100 * (e or 0.0) for e in curve.error],
-            label=curve.label,
+            label=_shown(curve.label),
             color=curve.color,
             marker=curve.marker,
             linestyle=curve.linestyle,
             linewidth=1.8,
-            markersize=5.5,
+            markersize=_size(curve.marker),
             capsize=2.5,
             elinewidth=1.1,
         )
@@ -105,7 +106,7 @@ def accuracy_figure(
     left.set_ylabel("test accuracy, %")
     left.set_ylim(bottom=0)
     _plain(left, "y")
-    left.set_title(left_title, loc="left", fontsize=9.5)
+    left.set_title(_shown(left_title), loc="left", fontsize=9.5)
     handles, labels = left.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8.5)
     rows = range(len(comparisons))[::-1]
@@ -115,20 +116,24 @@ def accuracy_figure(
             row,
             xerr=None if item.error is None else 100 * item.error,
             color=item.color,
-            marker="o",
-            markersize=6,
+            marker=item.marker,
+            markersize=_size(item.marker),
             capsize=3,
             linewidth=1.6,
         )
     right.axvline(0, color="black", linewidth=1)
-    right.set_yticks(list(rows), [item.label for item in comparisons], fontsize=8.5)
+    right.set_yticks(list(rows), _all_shown(item.label for item in comparisons), fontsize=8.5)
     right.set_ylim(-0.7, len(comparisons) - 0.3)
     right.tick_params(axis="y", length=0)
     right.set_xlabel("percentage points")
     _plain(right, "x")
-    right.set_title(right_title, loc="left", fontsize=9.5)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold")
+    right.set_title(_shown(right_title), loc="left", fontsize=9.5)
     return figure
+
+
+def _size(marker: str) -> float:
+    """Of a marker in points: a star has little area for its width."""
+    return 9 if marker == "*" else 5.5
 
 
 def history_figure(
@@ -142,7 +147,7 @@ def history_figure(
         best: the index of the score that is kept.
         title: above both.
     """
-    figure = new_figure(_WIDTH, 3.6)
+    figure = new_figure(_WIDTH, 3.6, title)
     left, right = figure.subplots(1, 2)
     left.plot(range(1, len(scores)), losses, color=ORANGE, marker="o", markersize=4)
     right.plot(range(len(scores)), [100 * y for y in scores], color=BLUE, marker="o", markersize=4)
@@ -155,7 +160,6 @@ def history_figure(
         axes.set_xlim(-0.5, len(scores) - 0.5)
         axes.xaxis.get_major_locator().set_params(integer=True)
         _plain(axes, "y")
-    figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold")
     return figure
 
 
@@ -171,7 +175,7 @@ def lines_figure(
         ylabel: what the share is; ", %" is added.
         log: a logarithmic axis of base 2 for the number.
     """
-    figure = new_figure(_WIDTH, 4.8)
+    figure = new_figure(_WIDTH, 4.8, title)
     axes = figure.subplots()
     for curve in curves:
         y = 100 * np.asarray(curve.y)
@@ -180,7 +184,7 @@ def lines_figure(
         axes.plot(
             curve.x,
             y,
-            label=curve.label,
+            label=_shown(curve.label),
             color=curve.color,
             marker=curve.marker,
             linestyle=curve.linestyle,
@@ -192,11 +196,10 @@ def lines_figure(
     ticks = sorted({x for curve in curves for x in curve.x})
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
-    axes.set_xlabel(xlabel)
-    axes.set_ylabel(f"{ylabel}, %")
+    axes.set_xlabel(_shown(xlabel))
+    axes.set_ylabel(f"{_shown(ylabel)}, %")
     _plain(axes, "y")
     figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8.5)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold")
     return figure
 
 
@@ -211,7 +214,7 @@ def bars_figure(
         title: above.
         ylabel: what the share is; ", %" is added.
     """
-    figure = new_figure(_WIDTH, 4.4)
+    figure = new_figure(_WIDTH, 4.4, title)
     axes = figure.subplots()
     width = 0.8 / len(series)
     # About how many points a bar is wide: the values above it turn upright when they would touch.
@@ -228,7 +231,7 @@ def bars_figure(
             [100 * y for _, y, _ in drawn],
             0.92 * width,
             color=bars.color,
-            label=bars.label,
+            label=_shown(bars.label),
         )
         for i, y, error in drawn:
             if error is not None:
@@ -248,7 +251,7 @@ def bars_figure(
     crowded = len(groups) * max(map(len, groups)) > 90
     axes.set_xticks(
         range(len(groups)),
-        list(groups),
+        _all_shown(groups),
         rotation=40 if crowded else 0,
         ha="right" if crowded else "center",
         rotation_mode="anchor",
@@ -256,10 +259,9 @@ def bars_figure(
     axes.tick_params(axis="x", length=0)
     axes.set_xlim(-0.6, len(groups) - 0.4)
     axes.margins(y=0.12)
-    axes.set_ylabel(f"{ylabel}, %")
+    axes.set_ylabel(f"{_shown(ylabel)}, %")
     _plain(axes, "y")
     figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=8.5)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold")
     return figure
 
 
@@ -293,7 +295,7 @@ def matrix_figure(
     # Room for the names, level and slanted, so that cells are about square.
     longest = 0.07 * max(map(len, names))
     width = max(side + longest + 1.3, 0.115 * len(title))
-    figure = new_figure(width, side + 0.7 * longest + 0.9)
+    figure = new_figure(width, side + 0.7 * longest + 0.9, title)
     axes = figure.subplots()
     axes.set_facecolor("#cccccc")
     image = axes.imshow(
@@ -305,11 +307,13 @@ def matrix_figure(
         vmax=limit,
     )
     size = 9 if count <= 10 else 7.5
-    axes.set_xticks(range(count), list(names), rotation=45, ha="right", rotation_mode="anchor")
-    axes.set_yticks(range(count), list(names))
+    axes.set_xticks(
+        range(count), _all_shown(names), rotation=45, ha="right", rotation_mode="anchor"
+    )
+    axes.set_yticks(range(count), _all_shown(names))
     axes.tick_params(length=0, labelsize=size)
-    axes.set_xlabel(xlabel)
-    axes.set_ylabel(ylabel)
+    axes.set_xlabel(_shown(xlabel))
+    axes.set_ylabel(_shown(ylabel))
     for spine in axes.spines.values():
         spine.set_visible(False)
     if count <= 12:
@@ -329,7 +333,6 @@ def matrix_figure(
         axes.axhline(after, color="black", linewidth=0.8)
         axes.axvline(after, color="black", linewidth=0.8)
     _colorbar(figure, axes, label)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold")
     return figure
 
 
@@ -338,19 +341,18 @@ def coefficient_figure(
 ) -> Figure:
     """Heat maps of coefficients [N, B]: vectors by blocks, blocks grouped by layer.
 
-    ``maps`` gives coefficients and names of vectors by what was learned; all have one scale.
+    ``maps`` gives coefficients and names of vectors by what stands beside them; all have one scale.
     """
     heights = [len(vectors) for _, vectors in maps.values()]
-    figure = new_figure(_WIDTH, 1.9 + 0.4 * (len(maps) - 1) + 0.16 * sum(heights))
+    figure = new_figure(_WIDTH, 1.9 + 0.4 * (len(maps) - 1) + 0.16 * sum(heights), title)
     grid = figure.subplots(len(maps), 1, squeeze=False, sharex=True, height_ratios=heights)
     limit = max(float(np.abs(coef).max(initial=0)) for coef, _ in maps.values()) or 1.0
     for (name, (coef, vectors)), axes in zip(maps.items(), grid[:, 0], strict=True):
         _block_map(axes, coef, vectors, blocks, cmap="PuOr", vmin=-limit, vmax=limit)
-        axes.set_ylabel(f"learned for {name}", fontsize=9)
+        axes.set_ylabel(_shown(name), fontsize=9)
         for after in _borders(vectors):
             axes.axhline(after, color="white", linewidth=2)
     _colorbar(figure, list(grid[:, 0]), "coefficient")
-    figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold")
     return figure
 
 
@@ -363,7 +365,7 @@ def bank_figure(
     title: str,
 ) -> Figure:
     """Heat map of relative errors [N, B] of a bank's deltas, and each block's bits per weight."""
-    figure = new_figure(_WIDTH, 3.2 + 0.19 * len(vectors))
+    figure = new_figure(_WIDTH, 3.2 + 0.19 * len(vectors), title)
     upper, axes = figure.subplots(2, 1, height_ratios=(1.2, 2 + 0.19 * len(vectors)), sharex=True)
     groups = group_blocks(blocks)
     order = [column for _, columns, _ in groups for column in columns]
@@ -373,7 +375,6 @@ def bank_figure(
     _plain(upper, "y")
     _block_map(axes, errors, vectors, blocks, cmap="viridis", vmin=0, vmax=float(errors.max()) or 1)
     _colorbar(figure, axes, "|stored - delta| / |delta|")
-    figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold")
     return figure
 
 
@@ -385,8 +386,8 @@ def _block_map(
     order = [column for _, columns, _ in groups for column in columns]
     names = [name for _, _, labels in groups for name in labels]
     axes.imshow(values[:, order], aspect="auto", interpolation="nearest", **colors)
-    axes.set_yticks(range(len(vectors)), list(vectors), fontsize=7.5)
-    axes.set_xticks(range(len(names)), names, rotation=90, fontsize=6.5)
+    axes.set_yticks(range(len(vectors)), _all_shown(vectors), fontsize=7.5)
+    axes.set_xticks(range(len(names)), _all_shown(names), rotation=90, fontsize=6.5)
     axes.tick_params(length=0)
     for spine in axes.spines.values():
         spine.set_visible(False)
@@ -418,7 +419,7 @@ def _borders(names: Sequence[str]) -> list[float]:
 def _colorbar(figure: Figure, axes: Axes | list[Axes], label: str) -> None:
     first = axes[0] if isinstance(axes, list) else axes
     bar = figure.colorbar(first.images[0], ax=axes, fraction=0.025, pad=0.015)
-    bar.set_label(label, fontsize=8.5)
+    bar.set_label(_shown(label), fontsize=8.5)
     bar.ax.tick_params(labelsize=7.5)
     bar.outline.set_visible(False)
 
@@ -482,7 +483,7 @@ def contact_sheet(
 
     ``marked`` tasks get a frame; ``note`` says at the bottom what it means.
     """
-    figure = new_figure(_WIDTH, 1.0 + 1.45 * len(rows))
+    figure = new_figure(_WIDTH, 1.0 + 1.45 * len(rows), title)
     grid = figure.subplots(len(rows), len(columns), squeeze=False)
     for i, row in enumerate(rows):
         for j, column in enumerate(columns):
@@ -491,9 +492,9 @@ def contact_sheet(
             axes.set_xticks([])
             axes.set_yticks([])
             if i == 0:
-                axes.set_title(column, fontsize=11)
+                axes.set_title(_shown(column), fontsize=11)
             if j == 0:
-                axes.set_ylabel(row, fontsize=11)
+                axes.set_ylabel(_shown(row), fontsize=11)
             if name in images:
                 axes.imshow(_mosaic(images[name]), cmap="gray", vmin=0, vmax=255)
             for spine in axes.spines.values():
@@ -501,8 +502,7 @@ def contact_sheet(
                 spine.set_color(RED)
                 spine.set_linewidth(3)
     if note:
-        figure.supxlabel(note, x=0.01, ha="left", fontsize=10)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold")
+        figure.supxlabel(_shown(note), x=0.01, ha="left", fontsize=10)
     return figure
 
 
@@ -521,11 +521,25 @@ def save(figure: Figure, path: str | Path) -> None:
     write_atomically(path, lambda name: figure.savefig(name, format="png", dpi=_DPI))
 
 
-def new_figure(width: float, height: float) -> Figure:
-    """An empty white figure of this size in inches."""
+def new_figure(width: float, height: float, title: str) -> Figure:
+    """A white figure of this size in inches, with nothing in it but its title."""
     figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
+    figure.suptitle(_shown(title), x=0.01, ha="left", fontsize=13, fontweight="bold")
     return figure
+
+
+def _shown(text: str) -> str:
+    r"""Text from a file as it is: no control characters, nor mathematics between two dollars.
+
+    New lines stay: a label may have several.
+    """
+    return printable(text, keep="\n").replace("$", r"\$")
+
+
+def _all_shown(names: Iterable[str]) -> list[str]:
+    """Names of one line each."""
+    return [_shown(printable(name)) for name in names]
 
 
 def _plain(axes: Axes, grid: str) -> None:

@@ -27,6 +27,7 @@ from atlas_kernels.files.state_dicts import read_state_dict
 from atlas_kernels.files.tensors import read_tensors
 from atlas_kernels.learn.few_shot import classify
 from atlas_kernels.report import demo as report
+from atlas_kernels.report import plots
 from atlas_kernels.tasks.clip.model import ImageClassifier
 from atlas_kernels.tasks.embedded.model import build_embedded_model
 from atlas_kernels.tasks.embedded.paths import WEIGHTS
@@ -323,6 +324,10 @@ def test_differences_against_numbers_by_hand(tmp_path, capsys) -> None:
     assert found == report.Behind(pytest.approx(0.15), pytest.approx(0.25), 1)
     assert report._behind(records, strict, strict.arms[0], 1).mean == pytest.approx(0.05)
     assert report._behind(records, control, control.arms[0], 1).mean == pytest.approx(0.15)
+    # Learning per block itself: the strict one is behind the other, which is behind nothing.
+    atlases = [next(a for a in e.arms if a.label == report.ATLAS) for e in (held_out, strict)]
+    assert report._behind(records, held_out, atlases[0], 1) is None
+    assert report._behind(records, strict, atlases[1], 1).mean == pytest.approx(0.1)
     report.print_results(records)
     lines = capsys.readouterr().out.splitlines()
     # Means by target .7 and .5, by seed .55 and .65: their distances are twice the errors.
@@ -332,6 +337,16 @@ def test_differences_against_numbers_by_hand(tmp_path, capsys) -> None:
     assert "0.5 s" in costs
     (row,) = [line for line in lines if "zero-shot" in line and "1 of 2" in line]
     assert "+15.0 +- 25.0" in row
+
+
+def test_curves_that_lie_on_each_other_are_one() -> None:
+    def curve(label: str, *y: float) -> plots.Curve:
+        return plots.Curve(label, range(len(y)), y, [None] * len(y))
+
+    apart, alike, shorter = curve("b", 0.3, 0.5), curve("c", 0.31, 0.39), curve("d", 0.3)
+    merged = report._merged([curve("a", 0.3, 0.4), apart, alike, shorter])
+    assert [its.label for its in merged] == ["a;\nc", "b", "d"]
+    assert merged[0].y == (0.3, 0.4)
 
 
 def pairs(targets: tuple[str, ...]) -> list[tuple[str, int]]:

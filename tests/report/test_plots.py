@@ -132,6 +132,32 @@ def test_matrix_shows_its_values_and_no_diagonal() -> None:
     assert not plots.matrix_figure(np.eye(20), ["n"] * 20, title="t", label="l").axes[0].texts
 
 
+def test_names_from_files_are_shown_as_they_are(tmp_path) -> None:
+    names = ["$\\nonsense$", "a\nb\x1b[2J", "plain"]
+    bank = plots.bank_figure(np.ones((3, 3)), [4, 4, 4], names, names, title="$\\frac$")
+    curves = [plots.Curve(name, [1, 2], [0.1, 0.2], [None, None]) for name in names]
+    rows = [plots.Comparison(name, 0.1, None) for name in names]
+    titles = dict.fromkeys(("title", "left_title", "right_title"), names[0])
+    figures = (
+        bank,
+        plots.coefficient_figure({names[0]: (np.ones((3, 3)), names)}, names, title=names[0]),
+        plots.matrix_figure(np.ones((3, 3)), names, title=names[0], label=names[0]),
+        plots.lines_figure(curves, title=names[0], xlabel=names[0], ylabel=names[0]),
+        plots.bars_figure(
+            names, [plots.Bars(names[0], [1, 1, 1], [None] * 3)], title="", ylabel=names[0]
+        ),
+        plots.accuracy_figure(curves, rows, **titles),
+    )
+    for figure in figures:
+        # Taken for mathematics, the first name would be a syntax error.
+        plots.save(figure, tmp_path / "picture.png")
+        assert not [text for text in texts(figure) if "\x1b" in text]
+    assert [label.get_text() for label in bank.axes[1].get_yticklabels()][1:] == [
+        "a\\nb\\x1b[2J",
+        "plain",
+    ]
+
+
 def test_contact_sheet_shows_every_image_and_frames_the_marked() -> None:
     image = np.arange(4, dtype=np.uint8)[:, None, None] * np.ones((4, 2, 2), np.uint8)
     figure = plots.contact_sheet(

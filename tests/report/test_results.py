@@ -145,6 +145,13 @@ def test_page_opens_without_a_network(records, tmp_path) -> None:
     assert "the mean of its own 2 rows is 19.42" in page
 
 
+def test_page_hides_nothing_of_a_name(records, tmp_path) -> None:
+    suite = records.suite.model_copy(update={"title": "backwards \u202e\x1b", "about": "$a$"})
+    page = write_report(Records(records.path, suite, records.done), tmp_path).read_text("utf-8")
+    assert page.count("backwards \\u202e\\x1b") == 2
+    assert "\u202e" not in page
+
+
 def test_pictures_show_the_numbers(records) -> None:
     (figure,) = figures(records, records.suite.experiments[0])
     lines = {line.get_label(): line.get_ydata().tolist() for line in figure.axes[0].lines}
