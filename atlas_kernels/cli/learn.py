@@ -117,7 +117,6 @@ def _option(name: str) -> str:
 def _learn(method: str, config: Single, resume: bool, folder: Path) -> dict[str, Any]:
     need("demo", "learning")
     _check_folder(folder)
-    _check_state(folder, config, resume)
     from ..experiments import Setting, open_workspace
     from ..files import in_use
 
@@ -126,6 +125,7 @@ def _learn(method: str, config: Single, resume: bool, folder: Path) -> dict[str,
     setting.check()
     try:
         with in_use(folder):
+            _check_state(folder, config, resume)
             write_yaml(folder / CONFIG, config)
             print(space.description)
             return _run(setting, config)
@@ -210,7 +210,7 @@ def _fill_in(source: dict[str, Any], run: dict[str, Any], method: str) -> None:
 
 
 def _run(setting: "Setting[Any]", config: Single) -> dict[str, Any]:
-    from ..experiments import perform, write_models
+    from ..experiments import perform
 
     folder = setting.folder
     assert folder is not None
@@ -222,7 +222,7 @@ def _run(setting: "Setting[Any]", config: Single) -> dict[str, Any]:
     write_json(folder / RESULTS, results)
     zero_shot = _zero_shot(setting)
     result = perform(setting)
-    files = [*write_models(result, folder), RESULTS, CONFIG]
+    files = [*result.write(folder), RESULTS, CONFIG]
     results |= {"metrics": result.metrics, "zero_shot": zero_shot}
     if result.encoder is not None:
         bank = result.encoder.bank

@@ -14,7 +14,6 @@ from .config import (
     write_yaml,
 )
 from .embedded.make_assets import make_assets
-from .files import write_models
 from .methods import perform
 from .processes import one_thread
 from .published import load_suite, read_suite, suite_names
@@ -57,6 +56,5 @@ __all__ = [
     "suite_names",
     "versions",
     "write_json",
-    "write_models",
     "write_yaml",
 ]

@@ -11,7 +11,18 @@ from typing import Any, Generic, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from ..learn import ImageBatches, Learned, accuracy, classify, learn, oversample, weights_only
+from ..files import write_tensors
+from ..learn import (
+    ImageBatches,
+    Learned,
+    LPPlusPlus,
+    TipAdapter,
+    accuracy,
+    classify,
+    learn,
+    oversample,
+    weights_only,
+)
 from ..models import ComposedModel, LinearizedModel
 from ..tasks.clip import ImageClassifier
 from ..tasks.images import LabelledImages
@@ -45,6 +56,31 @@ class Result:
         if self.model is None:
             return None
         return next((m for m in self.model.modules() if isinstance(m, ComposedModel)), None)
+
+    def write(self, folder: Path, suffix: str = "") -> list[str]:
+        """Writes what was learned; the names of the files.
+
+        ``coefficients{suffix}.safetensors`` and ``merged{suffix}.safetensors`` of coefficients, or
+        ``model{suffix}.safetensors`` of weights; ``adapter{suffix}.safetensors`` besides.
+        """
+        names = []
+
+        def path(kind: str) -> Path:
+            names.append(f"{kind}{suffix}.safetensors")
+            return folder / names[-1]
+
+        encoder = self.encoder
+        if encoder is not None:
+            encoder.save_coefficients(path("coefficients"))
+            if not isinstance(encoder, LinearizedModel):
+                merged = {**encoder.bank.constants, **encoder.merge().state_dict()}
+                write_tensors(path("merged"), merged)
+        elif self.model is not None and self.learned is not None:
+            write_tensors(path("model"), self.model.state_dict())
+        for part in self.model.modules() if self.model is not None else ():
+            if isinstance(part, TipAdapter | LPPlusPlus):
+                part.save(path("adapter"))
+        return names
 
 
 @dataclass

@@ -13,7 +13,6 @@ from tqdm.auto import tqdm
 
 from ..files import in_use
 from .config import AdditionRun, Cell, NegationRun, Run, Source, Suite, Vectors
-from .files import write_models
 from .methods import perform
 from .processes import default_processes, run_jobs
 from .results import Records
@@ -164,7 +163,7 @@ def run_cell(
     if result.seconds is not None:
         record["learning_seconds"] = round(result.seconds, 3)
     if cell in kept:
-        write_models(result, folder, _suffix(cell))
+        result.write(folder, _suffix(cell))
     record["seconds"] = round(time.perf_counter() - started, 3)
     return cell, record
 

@@ -25,6 +25,7 @@ from atlas_kernels.experiments.config import (
     TestTimeRun,
     checked,
 )
+from atlas_kernels.experiments.embedded.make_assets import make_assets
 from atlas_kernels.experiments.few_shot import Rows
 from atlas_kernels.experiments.methods import perform
 from atlas_kernels.experiments.results import Records
@@ -414,5 +415,7 @@ def test_one_process_at_a_time_works_in_a_folder(tmp_path: Path, capsys) -> None
             error = capsys.readouterr().err
             assert f"{tmp_path} is in use by another run: wait for it to end" in error
         assert cli.main(["demo", "--out", str(tmp_path)]) == 2
+        with pytest.raises(ValueError, match="is in use by another run"):
+            make_assets(tmp_path)
         assert sorted(tmp_path.iterdir()) == held
     assert list(tmp_path.iterdir()) == []

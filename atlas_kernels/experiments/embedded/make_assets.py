@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, one_hot
 from tqdm.auto import tqdm
 
-from ...files import describe
+from ...files import describe, in_use
 from ...learn import accuracy
 from ...tasks.clip import ImageClassifier, tokenizer_for, zero_shot_head
 from ...tasks.embedded import (
@@ -90,15 +90,19 @@ def make_assets(
         tasks: by default all of ``task_names()``.
 
     Raises:
-        ValueError: an unknown task, or the folder holds a base of other settings.
+        ValueError: an unknown task, or the folder holds a base of other settings or is in use.
     """
     recipe = recipe or AssetRecipe()
     chosen = task_names() if tasks is None else tuple(tasks)
     unknown = [name for name in chosen if name not in task_names()]
     if unknown:
         raise ValueError(f"unknown tasks {', '.join(unknown)}: choose of {', '.join(task_names())}")
+    with in_use(out):
+        _make(out, seed, progress, recipe, chosen)
+
+
+def _make(out: Path, seed: int, progress: bool, recipe: AssetRecipe, tasks: Sequence[str]) -> None:
     settings = {"seed": seed, "recipe": asdict(recipe)}
-    out.mkdir(parents=True, exist_ok=True)
     model_path = out / MODEL_FILE
     if not model_path.exists():
         state, token_ids = pretrain(recipe, seed, progress)
@@ -111,7 +115,7 @@ def make_assets(
     # The rounded weights of the file are the base, so that base plus delta is what was fine-tuned.
     model = load_embedded_model(model_path)
     base = fingerprint(model.get_submodule("visual"))
-    bar = tqdm(chosen, desc="task vectors", disable=not progress)
+    bar = tqdm(tasks, desc="task vectors", disable=not progress)
     for name in bar:
         bar.set_postfix_str(name)
         path = vector_path(out, name)
