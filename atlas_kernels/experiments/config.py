@@ -551,7 +551,9 @@ def checked(
     except ValidationError as error:
         first = error.errors()[0]
         path = [str(part) for part in first["loc"]]
-        place = called(path[-1]) if called and path else ".".join(path)
+        # Of a run as a whole, the last part is the name of its method.
+        option = called is not None and bool(path) and path[-1] not in METHODS
+        place = called(path[-1]) if called and option else "" if called else ".".join(path)
         message = first["msg"].removeprefix("Value error, ")
         got = "" if first["type"] in ("missing", "value_error") else f", got {first['input']!r}"
         raise ValueError(f"{where}: {place + ': ' if place else ''}{message}{got}") from None

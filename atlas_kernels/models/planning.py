@@ -89,7 +89,7 @@ def plan(
 
     Raises:
         ValueError: an unknown codec or memory mode, nothing to compose, or ranks of no block.
-        TypeError: a block's dtype cannot be composed.
+        TypeError: a block's dtype cannot be composed, or `num_vectors` is no whole number.
 
     Example:
         >>> import torch, atlas_kernels as ak
@@ -100,6 +100,8 @@ def plan(
     """
     if memory not in _MODES:
         raise ValueError(f"unknown memory {memory!r}: expected one of {', '.join(_MODES)}")
+    if not isinstance(num_vectors, int):
+        raise TypeError(f"num_vectors is {num_vectors!r}, expected a whole number")
     if num_vectors < 0:
         raise ValueError(f"num_vectors is {num_vectors}, expected 0 or more")
     parameters, constants, _ = split_base(model)

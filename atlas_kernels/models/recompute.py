@@ -94,6 +94,7 @@ class OnUse:
             keep: whether the next pass shares this one's tokens, unless ``coef`` has changed.
             cut: applied to every new token, to take the graph before it apart.
         """
+        self.bank.check_unchanged()
         if self._pass is None or not self._pass.serves():
             self._pass = self._new_pass(cut)
         current = self._pass

@@ -94,6 +94,12 @@ def test_what_does_not_fit_is_refused_in_words(fields, message: str) -> None:
     assert "\n" not in str(error.value)
 
 
+def test_what_is_wrong_with_a_run_as_a_whole_is_said_of_no_option() -> None:
+    run = {"method": "few-shot", "select": "block"}
+    with pytest.raises(ValueError, match=r"^learn few-shot: select and a budget go together"):
+        checked(Single, {"run": run}, "learn few-shot", called=lambda name: f"--{name}")
+
+
 def test_a_packed_bank_has_chosen_its_blocks() -> None:
     own = {"kind": "own", "bank": "b", "images": ["i"], "model": "m"}
     run = {"method": "few-shot", "weights_only": True}

@@ -207,6 +207,13 @@ def test_dtypes_that_cannot_be_composed() -> None:
         ak.plan(deep(1).double(), 3)
 
 
+def test_no_number_of_vectors() -> None:
+    with pytest.raises(TypeError, match=r"num_vectors is 1\.5, expected a whole number"):
+        ak.plan(deep(1), 1.5)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="num_vectors is -1"):
+        ak.plan(deep(1), -1)
+
+
 @pytest.mark.parametrize(
     ("text", "size"),
     [("16GB", 16 * 10**9), ("1.5 GiB", 3 * 2**29), ("500M", 5 * 10**8), ("7", 7), ("2kB", 2000)],
