@@ -13,7 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from ..bank import CHUNK, SLOTS, Patterns, check_dtype, chosen, split_base
 from ..ops import CODECS, TILE, Codec, padded, parse_codec
-from .composed_model import Memory
+from .fitting import Memory
 from .substitution import call_with
 
 # Best first: how faithfully deltas are stored; then, what costs the least time.

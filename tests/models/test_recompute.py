@@ -522,7 +522,7 @@ def test_the_weights_of_an_rnn_do_not_outlive_the_pass() -> None:
     for model in models(Recurrent()):
         with torch.no_grad(), PeakMemory() as memory:
             output = model.train()(torch.randn(4, 2, 5))
-            model._end_composition()
+            model._source.forget()
             # Two states of two layers come with the output; the weights have 14,000 bytes.
             assert memory.live <= output.nbytes + 1024
         copy.deepcopy(model)
