@@ -39,9 +39,9 @@ class Source:
         self._mode = mode
         self._coef = coef
         self._module = module
-        # Forward passes, by thread.
-        self._running: dict[int, Pass | Recorded] = {}
         self._local = _Local()
+        # Threads in a forward pass.
+        self._busy: set[int] = set()
         self._traced: Recorded | None = None
         self._install()
 
@@ -49,9 +49,11 @@ class Source:
         """The composed weight, in place of a parameter."""
         if torch.compiler.is_compiling() and self._traced is not None:
             return self._traced.weight(name)
-        if parameter is not None and self._local.copies:
+        local = self._local
+        if parameter is not None and local.copies:
             return parameter
-        running = self._running.get(threading.get_ident())
+        running = local.running
+        # An interrupt may have left it behind.
         if running is None or not running.is_of(self._coef()):
             running = self._between()
         return running.weight(name)
@@ -75,17 +77,18 @@ class Source:
             finally:
                 self._traced = None
             return
-        thread = threading.get_ident()
-        current = self._between() if self._local.shared else self._new_pass()
+        local, thread = self._local, threading.get_ident()
+        current = self._between() if local.shared else self._new_pass()
         try:
             with _TURN:
                 self._install()
-                self._running[thread] = current
+                self._busy.add(thread)
+            local.running = current
             with current.hooks():
                 yield
         finally:
-            self._running.pop(thread, None)
-            current.last = None
+            local.running = current.last = None
+            self._busy.discard(thread)
 
     @contextmanager
     def shared_pass(self, accumulate: bool) -> Iterator[None]:
@@ -119,7 +122,7 @@ class Source:
 
     def check_idle(self) -> None:
         """Raises RuntimeError if it is in use in another thread."""
-        if any(thread != threading.get_ident() for thread in list(self._running)):
+        if self._busy - {threading.get_ident()}:
             raise RuntimeError(
                 "a ComposedModel of this module is running in another thread, and models that "
                 "share a module take turns: give each thread's model a copy of the module"
@@ -149,12 +152,14 @@ class _Local(threading.local):
     """A thread's own.
 
     Attributes:
+        running: the forward pass.
         kept: the pass between forward passes, and of those that share one.
         shared: whether they do.
         cut: what takes their graph apart, see `Pass`.
         copies: whether modules are copied.
     """
 
+    running: Pass | Recorded | None = None
     kept: Pass | Recorded | None = None
     shared = False
     cut: Callable[[Tensor], Tensor] | None = None
