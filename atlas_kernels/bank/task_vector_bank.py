@@ -234,7 +234,9 @@ class TaskVectorBank:
         found |= {weight: self.constants[weight] for weight in self.products}
         return {name: found[name] for name in self.weights}
 
-    def compose(self, coef: Tensor, *, backend: str = "auto", seed: int = 0) -> dict[str, Tensor]:
+    def compose(
+        self, coef: Tensor, *, backend: str = "auto", seed: int = 0, factors: bool = False
+    ) -> dict[str, Tensor]:
         """``base[block] + sum_i coef[i, block] * delta_i[block]``, all blocks in one pass.
 
         With coefficients of K groups, element e of a block has ``coef[i, block, group(e)]``: aTLAS
@@ -245,6 +247,7 @@ class TaskVectorBank:
             coef: (N, B), (N,) or (N, B, K), 1 <= K <= 4096; floating point, on the bank's device.
             backend: as for `atlas_kernels.compose`.
             seed: of the partition; any integer.
+            factors: whether to return them too, where weights are products.
 
         Returns:
             The composed ``weights`` by name, in the base's dtypes, differentiable (twice) in coef.
@@ -255,14 +258,11 @@ class TaskVectorBank:
             TypeError, ValueError: ``coef`` does not fit the bank.
             BackendUnavailableError: the backend asked for cannot run here.
         """
-        composed = self.compose_blocks(coef, backend=backend, seed=seed)
-        return multiply(composed, self.constants, self.products) if self.products else composed
-
-    def compose_blocks(
-        self, coef: Tensor, *, backend: str = "auto", seed: int = 0
-    ) -> dict[str, Tensor]:
-        """`compose` before factors are multiplied: all ``blocks`` by name."""
-        return self._of_segments(self.segments, coef, backend, seed)
+        composed = self._of_segments(self.segments, coef, backend, seed)
+        if not self.products:
+            return composed
+        weights = multiply(composed, self.constants, self.products)
+        return {**composed, **weights} if factors else weights
 
     def combine(self, coef: Tensor, *, backend: str = "auto", seed: int = 0) -> dict[str, Tensor]:
         """``sum_i coef[i, block] * delta_i[block]``: what `compose` adds to the base.

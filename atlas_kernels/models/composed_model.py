@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..bank import Stream, TaskVectorBank, multiply
+from ..bank import Stream, TaskVectorBank
 from .coefficients import read_coefficients, write_coefficients
 from .door import forget_weights, uninstall
 from .fitting import (
@@ -231,10 +231,7 @@ class ComposedModel(nn.Module):
 
     def _composed(self, coef: Tensor) -> dict[str, Tensor]:
         """All blocks and weights, differentiable."""
-        blocks = self.bank.compose_blocks(coef, seed=self.seed)
-        if not self.bank.products:
-            return blocks
-        return {**blocks, **multiply(blocks, self.bank.constants, self.bank.products)}
+        return self.bank.compose(coef, seed=self.seed, factors=True)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ComposedModel:
         if fn(self.coef.detach()[:0]).dtype != self.coef.dtype:
@@ -288,7 +285,8 @@ class ComposedModel(nn.Module):
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key not in ("_source", "_rnns")}
+        passing = ("_source", "_rnns")
+        return {key: value for key, value in self.__dict__.items() if key not in passing}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

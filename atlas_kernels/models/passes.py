@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from math import prod
 from typing import Any, Protocol
 from weakref import WeakValueDictionary
@@ -73,7 +74,7 @@ def buckets(
                     tuple(bank.blocks[column] for column in part.columns),
                     part.columns,
                     part.layout.shapes,
-                    tuple(b - a for a, b in zip(starts, starts[1:], strict=False)),
+                    tuple(end - start for start, end in pairwise(starts)),
                     part.base,
                     reducer(part),
                 )
@@ -169,7 +170,8 @@ class Pass:
             self._columns = self._columns or per_block(self._coef.float(), num_blocks).unbind(1)
             bucket = self._mode.buckets[name]
             tokens = _Tokens.apply(bucket, *(self._columns[column] for column in bucket.columns))
-            self._tokens |= zip(bucket.names, map(self._cut, tokens) if self._cut else tokens)
+            tokens = map(self._cut, tokens) if self._cut else tokens
+            self._tokens |= zip(bucket.names, tokens, strict=True)
             token = self._tokens[name]
         return token
 
