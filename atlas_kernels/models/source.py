@@ -80,9 +80,9 @@ class Source:
         local, thread = self._local, threading.get_ident()
         current = self._between() if local.shared else self._new_pass()
         try:
-            with _TURN:
-                self._install()
-                self._busy.add(thread)
+            # First, so that no other model takes the module from here on.
+            self._busy.add(thread)
+            self._install()
             local.running = current
             with current.hooks():
                 yield
@@ -130,7 +130,8 @@ class Source:
 
     def _install(self) -> None:
         if self._module is not None and not self.installed:
-            install(self._module, self._mode.bank.weights, self)
+            with _TURN:
+                install(self._module, self._mode.bank.weights, self)
 
     def _between(self) -> Pass | Recorded:
         local, coef = self._local, self._coef()

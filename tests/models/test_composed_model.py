@@ -532,15 +532,29 @@ def test_to_a_device() -> None:
     assert all(weight.device == torch.device("meta") for weight in moved.weights().values())
 
 
-@pytest.mark.parametrize("mode", ["aot_eager"])
-def test_compiled_module(mode: str) -> None:
+@pytest.mark.parametrize("what", ["model", "its module", "a part before", "a part after"])
+@pytest.mark.filterwarnings("ignore:Dynamo")
+def test_compiled_module(what: str) -> None:
     module, model = make_model()
+    if what == "a part before":
+        model.module.hidden.compile(backend="aot_eager")
+        model = ak.ComposedModel(model.module, model.bank)
     randomise(model)
     model.eval()
     torch._dynamo.reset()
-    expected = model(TOKENS)
-    (gradient,) = torch.autograd.grad(expected.square().sum(), model.coef)
-    compiled = torch.compile(model, backend=mode)
+    plain = model.merge().eval()
+    with torch.no_grad():
+        expected = plain(TOKENS)
+    weights = {name: w.clone() for name, w in model.bank.compose(model.coef).items()}
+    output = functional_call(plain, weights, (TOKENS,))
+    (gradient,) = torch.autograd.grad(output.square().sum(), model.coef)
+    compiled: Any = model
+    if what == "model":
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    elif what == "its module":
+        compiled = torch.compile(model.module, backend="aot_eager")
+    elif what == "a part after":
+        model.module.hidden.compile(backend="aot_eager")
     output = compiled(TOKENS)
     assert torch.allclose(output, expected, rtol=1e-5, atol=1e-5)
     (compiled_gradient,) = torch.autograd.grad(output.square().sum(), model.coef)

@@ -148,10 +148,14 @@ def models(module: nn.Module, count: int = 3, **options: Any) -> list[ak.Compose
     return made
 
 
+def loss_of(output: Tensor) -> Tensor:
+    factors = torch.linspace(0.5, 1.5, output.numel()).view_as(output)
+    return (output.float() * factors).square().sum()
+
+
 def step(model: ak.ComposedModel, *inputs: Tensor) -> tuple[Tensor, Tensor]:
     """A loss that no symmetry makes zero, and its gradient."""
-    output = model(*inputs).float()
-    loss = (output * torch.linspace(0.5, 1.5, output.numel()).view_as(output)).square().sum()
+    loss = loss_of(model(*inputs))
     (gradient,) = torch.autograd.grad(loss, model.coef)
     return loss.detach(), gradient
 
@@ -167,15 +171,21 @@ def assert_close(gradient: Tensor, expected: Tensor) -> None:
 @pytest.mark.parametrize("granularity", ["block", "task", "partition"])
 @pytest.mark.parametrize("name", MODULES)
 def test_losses_and_gradients_are_those_of_whole(name: str, granularity: str) -> None:
+    """And those of `functional_call` on what the bank composes."""
     make, inputs = MODULES[name]
-    whole, recompute = models(make(), granularity=granularity)
+    plain = make()
+    whole, recompute = models(plain, granularity=granularity)
     x = inputs()
     for train in (True, False):
-        whole.train(train), recompute.train(train)
+        whole.train(train), recompute.train(train), plain.train(train)
         loss, expected = step(whole, x)
         again, gradient = step(recompute, x)
         assert same_bits(loss, again)
         assert_close(gradient, expected)
+        weights = whole.bank.compose(whole.coef, seed=whole.seed)
+        loss = loss_of(functional_call(plain, weights, (x,)))
+        assert same_bits(loss, again)
+        assert_close(gradient, torch.autograd.grad(loss, whole.coef)[0])
         for buffer, other in zip(whole.buffers(), recompute.buffers(), strict=True):
             assert torch.equal(buffer, other)
     assert all(map(same_bits, step(recompute, x), step(recompute, x)))
@@ -455,8 +465,9 @@ class OtherUses(nn.Module):
         return torch.cat([signal, rows @ table.t(), parts], dim=1)
 
 
-def test_other_uses_than_plain_ones() -> None:
-    _, model = models(OtherUses())
+@pytest.mark.parametrize("memory", [0, 1])
+def test_other_uses_than_plain_ones(memory: int) -> None:
+    model = models(OtherUses())[memory]
     x = torch.randn(3, 6, requires_grad=True)
     # With clones, because a block of an arena must not be changed in place.
     weights = {name: w.clone() for name, w in model.bank.compose(model.coef).items()}
