@@ -48,8 +48,10 @@ def bank(
     from ..vectors import TaskVector
 
     parse_codec(codec)
+    state = read_state_dict(base, allow_pickle=allow_pickle)
     loaded = [
-        TaskVector.from_peft(path) if path.is_dir() else TaskVector.load(path) for path in vectors
+        TaskVector.from_peft(path, base=state) if path.is_dir() else TaskVector.load(path)
+        for path in vectors
     ]
     first: dict[str, Path] = {}
     for path, vector in zip(vectors, loaded, strict=True):
@@ -61,7 +63,7 @@ def bank(
             )
     packed = TaskVectorBank.pack(
         output,
-        read_state_dict(base, allow_pickle=allow_pickle),
+        state,
         loaded,
         codec=codec,
         include=include,

@@ -54,7 +54,7 @@ def run_demo(suite: Suite, out: Path, *, processes: int | None = None) -> dict[s
     kept = kept_cells(suite)
     records = run_suite(suite, out, kept=kept, processes=processes)
     cost = _step_cost(suite, kept[0], out / STEP_COST)
-    pictures = write_pictures(records, kept[0], out)
+    pictures = write_pictures(records, kept, out)
     print_results(records)
     print_step_cost(cost)
     names = (RESULTS, STEP_COST, *(path.name for path in pictures))

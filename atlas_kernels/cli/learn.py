@@ -119,15 +119,16 @@ def _learn(method: str, config: Single, resume: bool, folder: Path) -> dict[str,
     _check_folder(folder)
     _check_state(folder, config, resume)
     from ..experiments import Setting, open_workspace
+    from ..files import in_use
 
     space = open_workspace(config.source, folder / "vectors")
     setting = Setting(space, config.run, folder, folder / STATE)
     setting.check()
-    folder.mkdir(parents=True, exist_ok=True)
-    write_yaml(folder / CONFIG, config)
-    print(space.description)
     try:
-        return _run(setting, config)
+        with in_use(folder):
+            write_yaml(folder / CONFIG, config)
+            print(space.description)
+            return _run(setting, config)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
             f"finished epochs are kept in {folder}; the same command with --resume goes on"

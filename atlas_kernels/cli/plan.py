@@ -182,7 +182,10 @@ def _deltas(path: Path) -> dict[str, tuple[list[int], int | None]]:
     if path.is_dir():
         from ..vectors import read_adapter
 
-        return {name: (list(its.shape), its.rank) for name, its in read_adapter(path).items()}
+        return {
+            name: (list(its.shape), getattr(its, "rank", None))
+            for name, its in read_adapter(path).items()
+        }
     from ..files import describe
 
     kind, _, tensors = describe(path)

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from tqdm.auto import tqdm
 
+from ..files import in_use
 from .config import AdditionRun, Cell, NegationRun, Run, Source, Suite, Vectors
 from .files import write_models
 from .methods import perform
@@ -41,9 +42,17 @@ def run_suite(
         progress: shows a progress bar on standard error.
 
     Raises:
-        OSError, ValueError: files are missing or do not fit, or the folder is another suite's.
+        OSError, ValueError: files are missing or do not fit, or the folder is another suite's, or
+            another process works in it.
         RuntimeError: a run failed; the finished ones are kept.
     """
+    with in_use(folder):
+        return _run_suite(suite, folder, kept, processes, progress)
+
+
+def _run_suite(
+    suite: Suite, folder: Path, kept: Collection[Cell], processes: int | None, progress: bool
+) -> Records:
     records = Records.open(folder, suite)
     runs = list(suite.runs())
     missing = [

@@ -2,6 +2,7 @@ from .atomic import abandoned, write_atomically
 from .checksums import crc
 from .errors import FileFormatError, parts_of
 from .fields import check_unique, parsed
+from .locks import in_use
 from .quantised import check_dequantised
 from .state_dicts import read_state_dict
 from .tensors import (
@@ -27,6 +28,7 @@ __all__ = [
     "data_offsets",
     "describe",
     "digest",
+    "in_use",
     "map_tensors",
     "parsed",
     "parts_of",

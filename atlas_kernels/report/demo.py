@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,12 +28,15 @@ _SHORT = {
     "own fine-tuned model (all images)": "own model, all images",
     "learned per block, of random vectors": "random vectors",
 }
+# Accuracies that a picture cannot tell apart.
+_ALIKE = 0.015
 # Of the curves, by experiment and arm; the last is drawn on top.
 _LOOKS = {
     ("held-out", "own fine-tuned model (all images)"): (plots.GREY, "_", ":"),
     ("held-out", "full fine-tuning"): (plots.PURPLE, "D", "-"),
     ("held-out", ATLAS): (plots.BLUE, "o", "-"),
-    ("strict", ATLAS): (plots.SKY, "o", "--"),
+    ("strict", ATLAS): (plots.BLUE, "*", "--"),
+    ("control", "learned per block, of random vectors"): (plots.SKY, "P", "-"),
     ("held-out", "learned per vector"): (plots.ORANGE, "s", "-"),
     ("held-out", "searched: best single vector"): (plots.GREEN, "^", "-"),
     ("held-out", "searched: one factor for all"): (plots.RED, "v", "-"),
@@ -137,8 +140,8 @@ def print_step_cost(cost: dict[str, Any]) -> None:
     )
 
 
-def write_pictures(records: Records, kept: Cell, out: Path) -> list[Path]:
-    """Writes the pictures, that of the coefficients of a kept run; returns their paths."""
+def write_pictures(records: Records, kept: Sequence[Cell], out: Path) -> list[Path]:
+    """Writes the pictures, that of the coefficients of the kept runs; returns their paths."""
     pictures = {
         "accuracy.png": _accuracy_picture(records),
         "coefficients.png": _coefficient_picture(kept, out),
@@ -172,10 +175,11 @@ def _accuracy_picture(records: Records) -> Figure:
             _label(experiment, arm),
             behind.mean,
             behind.error,
-            _LOOKS.get((first.name, arm.label), (plots.GREY,))[0],
+            _LOOKS[experiment.name, arm.label][0],
         )
         for experiment, arm in _arms(records)
-        if (behind := _behind(records, experiment, arm, most))
+        if (experiment.name, arm.label) in _LOOKS
+        and (behind := _behind(records, experiment, arm, most))
     ]
     title = "Task vectors combined block by block learn from few images"
     ours, start = (
@@ -191,7 +195,7 @@ def _accuracy_picture(records: Records) -> Figure:
         )
     over = f"{len(first.seeds)} seeds" if several else "targets"
     return plots.accuracy_figure(
-        curves,
+        _merged(curves),
         comparisons,
         title=title,
         left_title=f"Mean of {_targets(first)} \u00b1 standard error over {over}",
@@ -199,18 +203,37 @@ def _accuracy_picture(records: Records) -> Figure:
     )
 
 
-def _coefficient_picture(cell: Cell, out: Path) -> Figure:
-    kept = Coefficients.load(kept_file(out, "coefficients", cell))
-    coef, names = kept.values.numpy(), kept.names
-    order = sorted(range(len(names)), key=lambda row: str(names[row]))
-    strongest = names[int(abs(coef).mean(1).argmax())]
-    # Sorted: vectors of one image set stand together.
+def _merged(curves: Sequence[plots.Curve]) -> list[plots.Curve]:
+    """One curve for those that lie on each other: the first of them, with all their labels."""
+    merged: list[plots.Curve] = []
+    for curve in curves:
+        for k, other in enumerate(merged):
+            near = other.x == curve.x and all(
+                abs(a - b) < _ALIKE for a, b in zip(other.y, curve.y, strict=True)
+            )
+            if near:
+                merged[k] = replace(other, label=f"{other.label};\n{curve.label}")
+                break
+        else:
+            merged.append(curve)
+    return merged
+
+
+def _coefficient_picture(cells: Sequence[Cell], out: Path) -> Figure:
+    maps: dict[str, Any] = {}
+    blocks: Sequence[str] = ()
+    strongest = []
+    for cell in cells:
+        kept = Coefficients.load(kept_file(out, "coefficients", cell))
+        coef, names, blocks = kept.values.numpy(), kept.names, kept.blocks
+        # Sorted: vectors of one image set stand together.
+        order = sorted(range(len(names)), key=lambda row: str(names[row]))
+        maps[str(cell.target)] = coef[order], [names[row] for row in order]
+        strongest.append(f"{cell.target} draws most on {names[int(abs(coef).mean(1).argmax())]}")
     return plots.coefficient_figure(
-        coef[order],
-        [names[row] for row in order],
-        kept.blocks,
-        title=f"{cell.target} draws most on {strongest}, in each block differently "
-        f"(k = {cell.value:g})",
+        maps,
+        blocks,
+        title=f"{strongest[0]}, in each block differently (k = {cells[0].value:g})",
     )
 
 

@@ -6,7 +6,7 @@ No figure touches matplotlib's global state, and none needs a display.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,8 @@ ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PURPLE = (
 GREY = "#777777"
 
 _WIDTH = 9.0  # inches, at 200 dots per inch twice the width of a page on a screen
+# Pixels around a sample image, some of which fill their frame.
+_MARGIN = 5
 _DPI = 200
 
 
@@ -80,8 +82,8 @@ def accuracy_figure(
     left, right = figure.subplots(1, 2, width_ratios=(1.3, 1))
     ticks = sorted({x for curve in curves for x in curve.x})
     for index, curve in enumerate(curves):
-        # Side by side, so that no error bar hides another. Shots are on a logarithmic axis.
-        shift = 2 ** (0.05 * (index - (len(curves) - 1) / 2))
+        # Just side by side, so that no error bar hides another. Shots are on a logarithmic axis.
+        shift = 2 ** (0.012 * (index - (len(curves) - 1) / 2))
         left.errorbar(
             [x * shift for x in curve.x],
             [100 * y for y in curve.y],
@@ -332,16 +334,22 @@ def matrix_figure(
 
 
 def coefficient_figure(
-    coef: Array, vectors: Sequence[str], blocks: Sequence[str], *, title: str
+    maps: Mapping[str, tuple[Array, Sequence[str]]], blocks: Sequence[str], *, title: str
 ) -> Figure:
-    """Heat map of coefficients [N, B]: vectors by blocks, blocks grouped by layer."""
-    figure = new_figure(_WIDTH, 1.9 + 0.19 * len(vectors))
-    axes = figure.subplots()
-    limit = float(np.abs(coef).max()) or 1.0
-    _block_map(axes, coef, vectors, blocks, cmap="PuOr", vmin=-limit, vmax=limit)
-    for after in _borders(vectors):
-        axes.axhline(after, color="white", linewidth=2)
-    _colorbar(figure, axes, "coefficient")
+    """Heat maps of coefficients [N, B]: vectors by blocks, blocks grouped by layer.
+
+    ``maps`` gives coefficients and names of vectors by what was learned; all have one scale.
+    """
+    heights = [len(vectors) for _, vectors in maps.values()]
+    figure = new_figure(_WIDTH, 1.9 + 0.4 * (len(maps) - 1) + 0.16 * sum(heights))
+    grid = figure.subplots(len(maps), 1, squeeze=False, sharex=True, height_ratios=heights)
+    limit = max(float(np.abs(coef).max(initial=0)) for coef, _ in maps.values()) or 1.0
+    for (name, (coef, vectors)), axes in zip(maps.items(), grid[:, 0], strict=True):
+        _block_map(axes, coef, vectors, blocks, cmap="PuOr", vmin=-limit, vmax=limit)
+        axes.set_ylabel(f"learned for {name}", fontsize=9)
+        for after in _borders(vectors):
+            axes.axhline(after, color="white", linewidth=2)
+    _colorbar(figure, list(grid[:, 0]), "coefficient")
     figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold")
     return figure
 
@@ -407,8 +415,9 @@ def _borders(names: Sequence[str]) -> list[float]:
     return [row - 0.5 for row in range(1, len(names)) if kinds[row] != kinds[row - 1]]
 
 
-def _colorbar(figure: Figure, axes: Axes, label: str) -> None:
-    bar = figure.colorbar(axes.images[0], ax=axes, fraction=0.025, pad=0.015)
+def _colorbar(figure: Figure, axes: Axes | list[Axes], label: str) -> None:
+    first = axes[0] if isinstance(axes, list) else axes
+    bar = figure.colorbar(first.images[0], ax=axes, fraction=0.025, pad=0.015)
     bar.set_label(label, fontsize=8.5)
     bar.ax.tick_params(labelsize=7.5)
     bar.outline.set_visible(False)
@@ -417,12 +426,12 @@ def _colorbar(figure: Figure, axes: Axes, label: str) -> None:
 def group_blocks(blocks: Sequence[str]) -> list[tuple[str, list[int], list[str]]]:
     """Blocks by layer, for reading: (layer, columns, short names), layers in the model's order.
 
-    Blocks outside of numbered layers are the group "no layer".
+    Blocks outside of numbered layers are the group "outside the layers".
 
     Example:
         >>> from atlas_kernels.report.plots import group_blocks
         >>> group_blocks(["proj", "blocks.0.mlp.c_fc.weight", "blocks.0.mlp.c_fc.bias"])
-        [('no layer', [0], ['proj']), ('layer 1', [1, 2], ['mlp in w', 'mlp in b'])]
+        [('outside the layers', [0], ['proj']), ('layer 1', [1, 2], ['mlp in w', 'mlp in b'])]
     """
     layers: dict[int, list[tuple[int, str]]] = {}
     rest: list[tuple[int, str]] = []
@@ -432,7 +441,7 @@ def group_blocks(blocks: Sequence[str]) -> list[tuple[str, list[int], list[str]]
             layers.setdefault(int(found[1]), []).append((column, block[found.end() :]))
         else:
             rest.append((column, block))
-    groups = [("no layer", rest)] if rest else []
+    groups = [("outside the layers", rest)] if rest else []
     groups += [(f"layer {layer + 1}", layers[layer]) for layer in sorted(layers)]
     return [
         (name, [column for column, _ in members], [_short(block) for _, block in members])
@@ -498,7 +507,11 @@ def contact_sheet(
 
 
 def _mosaic(images: Array) -> Array:
-    """Four images [4, h, w] as two by two, with a thin gap."""
+    """Four images [4, h, w] as two by two, each with a margin of its background, and thin gaps."""
+    edges = [images[:, 0], images[:, -1], images[:, :, 0], images[:, :, -1]]
+    background = int(np.median(np.concatenate(edges, 1)))
+    margin = (_MARGIN, _MARGIN)
+    images = np.pad(images, ((0, 0), margin, margin), constant_values=background)
     padded = np.pad(images, ((0, 0), (1, 1), (1, 1)), constant_values=128)
     return np.concatenate([np.concatenate(padded[:2], 1), np.concatenate(padded[2:4], 1)], 0)
 

@@ -45,8 +45,8 @@ def match(
         ValueError: they do not match; all that differs is listed. Or one is quantised, or holds no
             floating-point tensor.
     """
-    base, buffers = _described("the pre-trained model", pretrained)
-    tuned, more = _described("the fine-tuned model", finetuned)
+    base, buffers = state_of("the pre-trained model", pretrained)
+    tuned, more = state_of("the fine-tuned model", finetuned)
     statistics = buffers | more
     names = [name for name, tensor in base.items() if tensor.is_floating_point()]
     problems = [
@@ -77,10 +77,15 @@ def raise_if(problems: list[str], headline: str) -> None:
         raise ValueError("\n  ".join([f"{headline}:", *map(printable, problems[:20]), *more]))
 
 
-def _described(
+def state_of(
     what: str, model: Mapping[str, Tensor] | nn.Module
 ) -> tuple[dict[str, Tensor], set[str]]:
-    """A model's tensors, and the names of its buffers."""
+    """A model's tensors, and the names of its buffers, as far as they are known.
+
+    Raises:
+        TypeError: it is neither a state dict nor a module.
+        ValueError: it is quantised.
+    """
     if isinstance(model, nn.Module):
         tensors: dict[str, Tensor] = model.state_dict()
         buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}

@@ -12,20 +12,27 @@ from torch import Tensor
 
 from ..files import FileFormatError, read_state_dict
 from ..ops import STORAGE_DTYPES
-from .low_rank import LowRank
+from .low_rank import Delta, LowRank, to_dense
 
+_PREFIX = "base_model.model."
 _FACTOR = re.compile(
     r"(?:base_model\.model\.)?(?P<module>.+)\."
     # PEFT leaves the adapter's name out of its files; other writers keep it.
     r"(?:lora_(?P<linear>[AB])(?:\.[^.]+)?\.weight|lora_embedding_(?P<embedding>[AB])(?:\.[^.]+)?)"
 )
+_MAGNITUDE = re.compile(r"(?P<module>.+)\.lora_magnitude_vector(?:\.[^.]+)?(?:\.weight)?")
+_BIAS = re.compile(r"(?P<module>.+)\.lora_B(?:\.[^.]+)?\.bias")
+_SAVED = re.compile(r"\.modules_to_save(?:\.default)?\.")
 # PEFT wraps nn.MultiheadAttention as a whole, factors of in_proj_weight, and its out_proj inside.
 _INNER = ".base_layer.out_proj"
-# What makes an adapter something else than base + scale * B @ A.
-_BEYOND = {
+# What makes an adapter more than base + scale * B @ A, but an exact delta of a known base.
+_WITH_BASE = {
     "use_dora": "DoRA rescales the adapted weights, which is not linear in the factors",
-    "use_qalora": "QA-LoRA's factors belong to a quantised layout",
     "lora_bias": "its factors have biases",
+}
+# What is neither.
+_BEYOND = {
+    "use_qalora": "QA-LoRA's factors belong to a quantised layout",
     "alora_invocation_tokens": "aLoRA adapts some tokens only",
     "trainable_token_indices": "it replaces tokens of the embedding",
     "target_parameters": "it adapts parameters that are no module's weight",
@@ -36,14 +43,20 @@ _PLAIN_INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
 _REMEDY = (
     "merge it into its base with PEFT's merge_and_unload() and use TaskVector.from_state_dicts"
 )
+_ASK = f"give the base (base=...), or {_REMEDY}"
 
 
-def read_adapter(folder: str | Path) -> dict[str, LowRank]:
+def read_adapter(folder: str | Path, base: Mapping[str, Tensor] | None = None) -> dict[str, Delta]:
     """The deltas ``scale * B @ A`` of a LoRA adapter by the names of the base's parameters.
 
     Reads ``adapter_config.json`` and ``adapter_model.safetensors``: ranks and alphas with their
     patterns, rank-stabilised scales (alpha / sqrt r), weights that are stored transposed
-    (``fan_in_fan_out``, embeddings), convolutions, and ``nn.MultiheadAttention``.
+    (``fan_in_fan_out``, embeddings), convolutions, and ``nn.MultiheadAttention``. Copies of the
+    base's own weights, which PEFT puts beside the factors of embeddings and heads, are left out.
+
+    With a base, what was trained besides becomes a delta too, exact and dense: biases, modules to
+    save, and the weights that DoRA rescales, ``m * V / |V| - W`` by rows of ``V = W + scale B A``
+    (arXiv 2402.09353, equation 5).
 
     Raises:
         FileNotFoundError: one of the files is missing.
@@ -51,11 +64,17 @@ def read_adapter(folder: str | Path) -> dict[str, LowRank]:
             plain LoRA; the message says what, and what to do.
     """
     path = Path(folder) / "adapter_config.json"
-    config = _read_config(path)
+    config = _read_config(path, base is not None)
     tensors = Path(folder) / "adapter_model.safetensors"
-    pairs = _pairs(tensors, read_state_dict(tensors))
+    pairs, others = _pairs(tensors, read_state_dict(tensors))
+    if base is None and others:
+        raise FileFormatError(
+            f"{tensors}: {next(iter(others))!r} is no LoRA factor, but something trained besides "
+            f"(a bias, a module to save, a DoRA magnitude, a quantised weight); {_ASK}"
+        )
     attentions = {module.removesuffix(_INNER) for module in pairs if module.endswith(_INNER)}
-    deltas = {}
+    deltas: dict[str, Delta] = {}
+    scales = {}
     for module, (down, up, embedding) in pairs.items():
         owner = module.removesuffix(_INNER)
         if owner != module:
@@ -74,10 +93,58 @@ def read_adapter(folder: str | Path) -> dict[str, LowRank]:
         if embedding or config.get("fan_in_fan_out"):
             up, down = down.flatten(1).T, up.T
         deltas[name] = LowRank(up, down, scale)
+        scales[module] = name, scale
+    if base is not None:
+        transposed = bool(config.get("fan_in_fan_out"))
+        deltas |= _trained_besides(tensors, others, base, deltas, scales, transposed)
     return deltas
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def _trained_besides(
+    path: Path,
+    others: Mapping[str, Tensor],
+    base: Mapping[str, Tensor],
+    deltas: Mapping[str, Delta],
+    scales: Mapping[str, tuple[str, float]],
+    transposed: bool,
+) -> dict[str, Delta]:
+    """Dense deltas of what is no factor, for a known base; ``scales``: name and scale by module."""
+
+    def weight(name: str, key: str) -> Tensor:
+        if name not in base:
+            raise FileFormatError(f"{path}: {key!r} belongs to {name!r}, which the base has not")
+        return base[name].detach().float().cpu()
+
+    found: dict[str, Delta] = {}
+    for key, tensor in others.items():
+        magnitude, bias = _MAGNITUDE.fullmatch(key), _BIAS.fullmatch(key)
+        module = (magnitude or bias or {"module": ""})["module"]
+        if (magnitude or bias) and module not in scales:
+            raise FileFormatError(f"{path}: {key!r} belongs to no pair of factors")
+        if magnitude:
+            name, _ = scales[module]
+            start, factors = weight(name, key), deltas[name]
+            if start.dim() != 2 or start.shape != factors.shape:
+                raise FileFormatError(f"{path}: DoRA of {name!r}, which is no matrix; {_REMEDY}")
+            moved = start + to_dense(factors)
+            axis = 0 if transposed else 1
+            lengths = moved.norm(dim=axis, keepdim=True)
+            found[name] = tensor.float().reshape(lengths.shape) * moved / lengths - start
+        elif bias:
+            found[f"{module}.bias"] = scales[module][1] * tensor.float()
+        else:
+            name = _SAVED.sub(".", key).replace(".base_layer.", ".")
+            start = weight(name, key)
+            if start.shape != tensor.shape:
+                raise FileFormatError(
+                    f"{path}: {key!r} has shape {tuple(tensor.shape)}, in the base "
+                    f"{tuple(start.shape)}"
+                )
+            found[name] = tensor.float() - start
+    return found
+
+
+def _read_config(path: Path, with_base: bool) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file, expected a folder that PEFT saved")
     try:
@@ -92,6 +159,9 @@ def _read_config(path: Path) -> dict[str, Any]:
     for key, reason in _BEYOND.items():
         if config.get(key):
             raise FileFormatError(f"{path}: not a plain LoRA ({key}): {reason}; {_REMEDY}")
+    for key, reason in {} if with_base else _WITH_BASE.items():
+        if config.get(key):
+            raise FileFormatError(f"{path}: not a plain LoRA ({key}): {reason}; {_ASK}")
     start = config.get("init_lora_weights")
     if start not in _PLAIN_INITIALISATIONS:
         raise FileFormatError(
@@ -101,16 +171,17 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _pairs(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor, bool]]:
-    """A, B, and whether they are an embedding's, by module."""
+def _pairs(
+    path: Path, tensors: Mapping[str, Tensor]
+) -> tuple[dict[str, tuple[Tensor, Tensor, bool]], dict[str, Tensor]]:
+    """A, B, and whether they are an embedding's, by module; and whatever else was trained."""
+    others: dict[str, Tensor] = {}
     found: dict[tuple[str, bool], dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         match = _FACTOR.fullmatch(key)
         if match is None:
-            raise FileFormatError(
-                f"{path}: {key!r} is no LoRA factor, but something trained besides (a bias, a "
-                f"module to save, a DoRA magnitude, a quantised weight); {_REMEDY}"
-            )
+            others[key.removeprefix(_PREFIX)] = tensor
+            continue
         if tensor.dtype not in STORAGE_DTYPES:
             raise FileFormatError(
                 f"{path}: {key!r} has dtype {tensor.dtype}, expected float32, bfloat16 or float16"
@@ -129,7 +200,8 @@ def _pairs(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor,
         pairs[module] = pair["A"], pair["B"], embedding
     if not pairs:
         raise FileFormatError(f"{path}: holds no LoRA factors")
-    return pairs
+    copies = {f"{module}.base_layer.weight" for module in pairs}
+    return pairs, {key: tensor for key, tensor in others.items() if key not in copies}
 
 
 def _setting(path: Path, config: Mapping[str, Any], key: str, pattern: str, module: str) -> float:

@@ -22,7 +22,7 @@ from ..files import (
 )
 from ..ops import check_coef, compose
 from .low_rank import Delta, LowRank, to_dense
-from .matching import match, raise_if
+from .matching import match, raise_if, state_of
 from .peft import read_adapter
 
 _KIND = "task_vector"
@@ -117,24 +117,33 @@ class TaskVector:
         )
 
     @classmethod
-    def from_peft(cls, folder: str | Path, name: str = "") -> TaskVector:
+    def from_peft(
+        cls,
+        folder: str | Path,
+        name: str = "",
+        base: Mapping[str, Tensor] | nn.Module | None = None,
+    ) -> TaskVector:
         """A LoRA adapter that PEFT saved: ``deltas[module + ".weight"] = scale * B @ A``.
 
-        The deltas stay factors. The base is unknown: names and shapes are compared when a bank is
-        packed. See `vectors.peft` for what is read.
+        The deltas stay factors. Without ``base`` it is unknown: names and shapes are compared when
+        a bank is packed. See `vectors.peft` for what is read.
 
         Args:
             folder: holds ``adapter_config.json`` and ``adapter_model.safetensors``.
             name: the folder's by default.
+            base: the model that was adapted. With it trained biases, whole modules and DoRA become
+                deltas as well, dense ones.
 
         Raises:
             FileNotFoundError, FileFormatError: a file is missing or damaged, or the adapter is more
-                than a plain LoRA (DoRA, trained biases, whole modules, ...).
+                than a plain LoRA, and there is no base, or it is more than that too.
             ValueError: a factor is not finite.
         """
-        deltas: dict[str, Delta] = {**read_adapter(folder)}
+        tensors = None if base is None else state_of("the base", base)[0]
+        deltas = read_adapter(folder, tensors)
         _check_finite(deltas)
-        return cls(deltas, name=name or Path(folder).resolve().name)
+        known = {key: digest(tensors[key]) for key in deltas if key in tensors} if tensors else {}
+        return cls(deltas, base=known, name=name or Path(folder).resolve().name)
 
     def __add__(self, other: TaskVector) -> TaskVector:
         return self._combine(other, operator.add)

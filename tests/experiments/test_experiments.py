@@ -400,3 +400,19 @@ def test_reproduce_lists_what_there_is(capsys) -> None:
     assert cli.main(["reproduce"]) == 0
     printed = capsys.readouterr().out
     assert printed.index("embedded") < printed.index("addition") < printed.index("test-time")
+
+
+def test_one_process_at_a_time_works_in_a_folder(tmp_path: Path, capsys) -> None:
+    """Two would overwrite each other's finished runs."""
+    from atlas_kernels.files import in_use
+
+    learn = ("learn", "few-shot", "--task", "digits-inverted", "--shots", "1", "--epochs", "0")
+    with in_use(tmp_path):
+        held = sorted(tmp_path.iterdir())
+        for command in (("reproduce", "embedded"), learn):
+            assert cli.main([*command, "-o", str(tmp_path)]) == 2
+            error = capsys.readouterr().err
+            assert f"{tmp_path} is in use by another run: wait for it to end" in error
+        assert cli.main(["demo", "--out", str(tmp_path)]) == 2
+        assert sorted(tmp_path.iterdir()) == held
+    assert list(tmp_path.iterdir()) == []

@@ -22,7 +22,7 @@ def texts(figure) -> list[str]:
 
 def test_blocks_are_grouped_by_layer_in_the_models_order() -> None:
     assert plots.group_blocks(BLOCKS) == [
-        ("no layer", [0, 4], ["conv1 w", "proj"]),
+        ("outside the layers", [0, 4], ["conv1 w", "proj"]),
         ("layer 1", [2, 3], ["qkv w", "qkv b"]),
         ("layer 2", [1], ["ln 1 w"]),
     ]
@@ -30,7 +30,9 @@ def test_blocks_are_grouped_by_layer_in_the_models_order() -> None:
 
 def test_heat_map_moves_columns_with_their_names() -> None:
     coef = np.arange(10.0).reshape(2, 5)
-    figure = plots.coefficient_figure(coef, ["a-x", "b-y"], BLOCKS, title="what it takes")
+    figure = plots.coefficient_figure(
+        {"task": (coef, ["a-x", "b-y"])}, BLOCKS, title="what it takes"
+    )
     axes = figure.axes[0]
     assert axes.images[0].get_array().tolist() == coef[:, [0, 4, 2, 3, 1]].tolist()
     labels = [label.get_text() for label in axes.get_xticklabels()]
@@ -137,13 +139,15 @@ def test_contact_sheet_shows_every_image_and_frames_the_marked() -> None:
     )
     first, second = figure.axes
     shown = first.images[0].get_array()
-    assert [shown[1, 1], shown[1, 5], shown[5, 1], shown[5, 5]] == [0, 1, 2, 3]
+    first_row, second_row = 1 + plots._MARGIN, 5 + 3 * plots._MARGIN
+    places = [(y, x) for y in (first_row, second_row) for x in (first_row, second_row)]
+    assert [shown[place] for place in places] == [0, 1, 2, 3]
     framed = [axes.spines["left"].get_visible() for axes in (first, second)]
     assert framed == [False, True]
 
 
 def test_saved_whole_or_not_at_all(tmp_path, monkeypatch) -> None:
-    figure = plots.coefficient_figure(np.zeros((1, 1)), ["a"], ["b"], title="t")
+    figure = plots.coefficient_figure({"t": (np.zeros((1, 1)), ["a"])}, ["b"], title="t")
     path = tmp_path / "a.png"
     plots.save(figure, path)
     content = path.read_bytes()

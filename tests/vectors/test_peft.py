@@ -268,3 +268,105 @@ def test_the_command_line_packs_a_folder(tmp_path: Path) -> None:
     # Four products and their sums, each rounding by half a unit of at most their magnitude.
     bound = 4 * 2**-23 * 2 * (up.abs() @ down.abs())
     assert bool(((composed - 2 * up @ down).abs() <= bound).all())
+
+
+# With the base.
+
+
+class Adapted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 6)
+        self.first = nn.Linear(6, 8)
+        self.second = nn.Linear(8, 6)
+        self.head = nn.Linear(6, 11, bias=False)
+
+
+def test_dora_is_an_exact_delta_of_its_base(tmp_path: Path) -> None:
+    module = Adapted()
+    tensors = pair("first", 8, 6)
+    down, up = factors(tensors, "first")
+    magnitude = torch.rand(8) + 0.5
+    tensors[f"{PREFIX}first.lora_magnitude_vector"] = magnitude
+    folder = write(tmp_path, tensors, use_dora=True)
+    with pytest.raises(FileFormatError, match=r"use_dora.*give the base \(base=\.\.\.\)"):
+        ak.TaskVector.from_peft(folder)
+    vector = ak.TaskVector.from_peft(folder, base=module)
+    start = module.first.weight.detach()
+    moved = start + 2.0 * up @ down
+    expected = magnitude[:, None] * moved / moved.norm(dim=1, keepdim=True) - start
+    # A product of rank 4, a norm of 6 terms, and a difference: roundings at magnitude one.
+    torch.testing.assert_close(vector.deltas["first.weight"], expected, rtol=1e-5, atol=1e-5)
+    assert set(vector.base) == {"first.weight"}
+    ak.TaskVectorBank.from_task_vectors(module, [vector])
+
+
+def test_what_was_trained_besides_is_a_delta_of_the_base(tmp_path: Path) -> None:
+    module = Adapted()
+    tensors = {
+        **pair("first", 8, 6),
+        f"{PREFIX}first.base_layer.bias": torch.ones(8),
+        f"{PREFIX}second.bias": torch.ones(6),
+        f"{PREFIX}head.modules_to_save.weight": torch.ones(11, 6),
+    }
+    folder = write(tmp_path, tensors, bias="all", modules_to_save=["head"])
+    with pytest.raises(FileFormatError, match=r"trained besides.*give the base"):
+        ak.TaskVector.from_peft(folder)
+    vector = ak.TaskVector.from_peft(folder, base=module.state_dict())
+    names = ["first.weight", "first.bias", "second.bias", "head.weight"]
+    assert set(vector.deltas) == set(names)
+    assert isinstance(vector.deltas["first.weight"], ak.LowRank)
+    for name in names[1:]:
+        applied = module.get_parameter(name) + vector.deltas[name]
+        assert torch.allclose(applied, torch.ones_like(applied), atol=1e-6)
+    wrong = {key: value for key, value in module.state_dict().items() if key != "second.bias"}
+    with pytest.raises(FileFormatError, match=r"'second\.bias', which the base has not"):
+        ak.TaskVector.from_peft(folder, base=wrong)
+
+
+def test_biases_of_factors(tmp_path: Path) -> None:
+    tensors = {**pair("first", 8, 6), f"{PREFIX}first.lora_B.bias": torch.ones(8)}
+    vector = ak.TaskVector.from_peft(write(tmp_path, tensors, lora_bias=True), base=Adapted())
+    assert vector.deltas["first.bias"].tolist() == [2.0] * 8
+
+
+def test_copies_of_the_base_beside_the_factors_are_left_out(tmp_path: Path) -> None:
+    """PEFT stores them for embeddings and heads."""
+    tensors = {**pair("head", 11, 6), f"{PREFIX}head.base_layer.weight": torch.randn(11, 6)}
+    vector = ak.TaskVector.from_peft(write(tmp_path, tensors))
+    assert list(vector.deltas) == ["head.weight"]
+    assert isinstance(vector.deltas["head.weight"], ak.LowRank)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["first"], "bias": "all"},
+        {"target_modules": ["first", "second"], "use_dora": True},
+        {"target_modules": ["embed", "head", "first"]},
+        {"target_modules": ["first"], "lora_bias": True},
+        {"target_modules": ["first"], "modules_to_save": ["head"]},
+        {"target_modules": ["first", "second"], "rank_pattern": {"second": 3}, "use_rslora": True},
+    ],
+    ids=str,
+)
+def test_against_peft_itself(options: Any, tmp_path: Path) -> None:
+    """The base with the vector is what PEFT's own merge gives."""
+    peft = pytest.importorskip("peft")
+    base = Adapted()
+    state = {name: value.clone() for name, value in base.state_dict().items()}
+    adapted = peft.get_peft_model(base, peft.LoraConfig(r=2, lora_alpha=4, **options))
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    adapted.save_pretrained(tmp_path, save_embedding_layers="embed" in options["target_modules"])
+    merged = adapted.merge_and_unload().state_dict()
+    vector = ak.TaskVector.from_peft(tmp_path, base=state)
+    applied = vector.apply_to(state)
+    assert set(applied) == set(merged)
+    changed = 0
+    for name, value in merged.items():
+        torch.testing.assert_close(applied[name], value, rtol=1e-4, atol=1e-5)
+        changed += not torch.equal(value, state[name])
+    assert changed == len(vector.deltas)
