@@ -40,29 +40,29 @@ class ComposedModel(nn.Module):
     Buffers (BatchNorm statistics) stay the module's own.
 
     ``memory`` says when blocks are composed; losses and gradients are the same up to the rounding
-    of float32. The peak of a learning step, besides what the module computes (activations):
+    of float32. In the backward pass the gradient of a block becomes N numbers as soon as it is
+    complete (of small blocks: those of a few neighbours together), so that no model of gradients is
+    ever alive. The peak of a learning step, besides what the module computes (activations):
 
-    - "whole": all blocks, in one pass over the bank, before the forward pass. Base + bank + two
-      models: the composed weights and their gradient (inside `composed_once` three, because it
-      keeps the weights while the gradient is gathered into one arena). In eval mode, and without
-      gradients, it is done once, until ``coef`` changes (or a backward pass has used it up); in
-      training once per forward pass, or once for several of them inside `composed_once`.
-      Where activation checkpointing runs parts of the module again, the weights are composed once
-      more. Threads share the weights that record no graph; in training each has its own.
+    - "whole": all blocks in one pass over the bank, once from one change of ``coef`` to the next,
+      in training and evaluation, for all threads. Base + bank + one model, the composed weights,
+      + the gradient of the largest block, or of small ones 2 MiB.
     - "recompute": each block where the module asks for it, dropped after use (in the forward pass
-      when the next one is asked for), and again in the backward pass, where its gradient becomes N
-      numbers at once. Base + bank + the largest two blocks: a composed one and its gradient, or in
-      the forward pass one in use and the one asked for last. It costs a second pass over the bank.
-      What else may be alive: the gradients of blocks used in several places, until the backward
-      has met them all; the blocks of a region that activation checkpointing runs again, or of an
-      RNN; and autocast's copies of weights.
-
+      when the next one is asked for), and again in the backward pass. Base + bank + the largest two
+      blocks: a composed one and its gradient, or in the forward pass one in use and the one asked
+      for last. It costs a second pass over the bank. What else may be alive: the gradients of
+      blocks used in several places, until the backward has met them all; the blocks of a region
+      that activation checkpointing runs again, or of an RNN; and autocast's copies of weights.
     - "stream": as "recompute", with deltas that stay in the bank's file (see
       `TaskVectorBank.load`), or for a GPU in host memory. Base + the largest two blocks + a fixed
       read-ahead of 64 MiB, whatever N is. A step reads the bank once in the forward pass, and up to
       twice in the backward pass.
 
     Changes to ``coef.data`` go unnoticed: assign with ``coef.copy_`` under ``torch.no_grad()``.
+
+    Threads may evaluate and train one model at the same time. Models may share a module by turns;
+    while one of them runs in a thread, the others refuse to. Under `torch.compile` of the model and
+    inside transforms of `torch.func`, which take "whole", all weights are composed by each call.
 
     Args:
         module: any module that holds the bank's base, on the bank's device.
@@ -80,7 +80,8 @@ class ComposedModel(nn.Module):
         ValueError: the module lacks a block of the bank, has it in another shape, dtype or place,
             or holds other weights than the bank's base.
             Or "stream", and the bank comes from no file, or its file was replaced.
-        TypeError: "recompute" or "stream", and a part of the module is compiled or scripted.
+        TypeError: a part of the module is scripted; or compiled, unless memory is "whole".
+        RuntimeError: another model of this module is running in another thread.
 
     Example:
         >>> import torch, atlas_kernels as ak

@@ -84,6 +84,7 @@ class OnUse:
 
     def snapshot(self, coef: Tensor, /) -> _Snapshot:
         """See `passes.Mode`."""
+        self.bank.check_unchanged()
         return _Snapshot(self, coef)
 
     def forget(self) -> None:

@@ -296,6 +296,9 @@ def test_composed_once_until_coef_changes() -> None:
 def test_what_is_cached_without_gradients_is_not_used_with_them() -> None:
     _, model = make_model()
     for context in (torch.no_grad, torch.inference_mode):
+        with torch.no_grad():
+            # Composed anew, in this mode.
+            model.coef.add_(0.1)
         with context():
             model(TOKENS)
         model(TOKENS).square().sum().backward()

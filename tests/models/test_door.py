@@ -101,6 +101,24 @@ def test_gradients_by_another_entrance(bank: ak.TaskVectorBank, memory: str) -> 
             assert torch.allclose(other, gradients[0], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("memory", MEMORY)
+def test_gradients_of_a_part(bank: ak.TaskVectorBank, memory: str) -> None:
+    """Blocks that it does not use have none, though they share a bucket with its own."""
+    model, plain = make(bank, memory)
+    inputs = torch.randn(4, 5)
+    (found,) = torch.autograd.grad(model.module.tower(inputs).square().sum(), model.coef)
+    weights = bank.compose(model.coef)
+    tower = {
+        name.removeprefix("tower."): weight for name, weight in weights.items() if "tower" in name
+    }
+    output = functional_call(plain.tower, tower, (inputs,))
+    (expected,) = torch.autograd.grad(output.square().sum(), model.coef)
+    # The same products, summed in the same order.
+    assert torch.allclose(found, expected, rtol=1e-5, atol=1e-5)
+    unused = torch.tensor([not block.startswith("tower.") for block in bank.blocks])
+    assert torch.equal(found == 0, unused.expand(2, -1))
+
+
 def test_lists_of_parameters_show_the_base(bank: ak.TaskVectorBank) -> None:
     model, plain = make(bank, "whole")
     base = model.bank.base
