@@ -44,6 +44,7 @@ class ResidentBlocks:
     """
 
     def __init__(self, bank: TaskVectorBank, groups: int = 0, seed: int = 0) -> None:
+        self._bank = bank
         parts = {part.columns[0]: part for segment in bank.segments for part in segment.blocks()}
         self._parts = [parts[column] for column in range(len(parts))]
         self._groups = groups
@@ -54,10 +55,12 @@ class ResidentBlocks:
 
     def compose(self, column: int, coef: Tensor, /) -> Tensor:
         """See `Blocks`."""
+        self._bank.check_unchanged()
         return self._parts[column].compose(coef.unsqueeze(1), tile_key=self._keys[column])
 
     def coef_grad(self, column: int, grad: Tensor, /) -> Tensor:
         """See `Blocks`."""
+        self._bank.check_unchanged()
         part, key = self._parts[column], self._keys[column]
         return part.coef_grad(grad, tile_key=key, groups=self._groups).squeeze(1)
 
@@ -84,7 +87,6 @@ class OnUse:
 
     def snapshot(self, coef: Tensor, /) -> _Snapshot:
         """See `passes.Mode`."""
-        self.bank.check_unchanged()
         return _Snapshot(self, coef)
 
     def forget(self) -> None:

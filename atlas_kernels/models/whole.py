@@ -10,7 +10,6 @@ import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -51,7 +50,12 @@ class Whole:
         def reducer(part: Segment | LowRankSegment) -> Callable[[Tensor], Tensor]:
             names = [bank.blocks[column] for column in part.columns]
             keys = tile_keys(names, part.layout, seed) if groups else None
-            return partial(part.coef_grad, tile_key=keys, groups=groups)
+
+            def reduce(grad: Tensor) -> Tensor:
+                bank.check_unchanged()
+                return part.coef_grad(grad, tile_key=keys, groups=groups)
+
+            return reduce
 
         for bucket in buckets(bank, BUCKET, reducer):
             self.buckets |= dict.fromkeys(bucket.names, bucket)

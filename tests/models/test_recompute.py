@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 import atlas_kernels as ak
 from atlas_kernels.bank.stream import Stream
+from atlas_kernels.files import FileFormatError
 from atlas_kernels.models.live_memory import PeakMemory
 from atlas_kernels.models.recompute import ResidentBlocks
 from atlas_kernels.tasks.embedded.model import load_model
@@ -617,6 +618,21 @@ def make_like(module: nn.Module, state: dict[str, Tensor]) -> nn.Module:
     fresh = type(module)().train(module.training)
     fresh.load_state_dict(state)
     return fresh
+
+
+@pytest.mark.parametrize("memory", ["whole", "recompute"])
+def test_a_mapped_bank_that_is_overwritten_in_place_is_noticed(memory: Any, tmp_path: Path) -> None:
+    module, path = Tied(), tmp_path / "bank.safetensors"
+    bank_of(module).save(path)
+    model = ak.ComposedModel(module, ak.TaskVectorBank.load(path), memory=memory)
+    loss = model(torch.arange(9)).square().sum()
+    path.write_bytes(path.read_bytes())
+    with pytest.raises(FileFormatError, match="overwritten in place"):
+        loss.backward()
+    with torch.no_grad():
+        model.coef.add_(1)
+    with pytest.raises(FileFormatError, match="overwritten in place"):
+        model(torch.arange(9))
 
 
 def test_models_that_take_turns_on_one_module() -> None:
