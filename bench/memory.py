@@ -205,7 +205,7 @@ def drop_cache(path: Path) -> None:
 
 
 def _count_reads(model: ak.ComposedModel, total: list[int]) -> None:
-    source: Any = model._installed()._blocks._padded._source  # type: ignore[attr-defined]
+    source: Any = model._source._mode.blocks._source  # type: ignore[union-attr]
     read = source.read
 
     def counted(name: str, offset: int, count: int, room: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ Stands on `vectors`, `files` and `ops`; used by `models` and above.
 
 from .building import Patterns, check_dtype, chosen, split_base
 from .factorwise import factor_names, multiply
+from .low_rank_segment import LowRankSegment
 from .segment import CHUNK, Segment
 from .stream import SLOTS, Stream, check_streamable, open_direct
 from .task_vector_bank import TaskVectorBank
@@ -12,6 +13,7 @@ from .task_vector_bank import TaskVectorBank
 __all__ = [
     "CHUNK",
     "SLOTS",
+    "LowRankSegment",
     "Patterns",
     "Segment",
     "Stream",

@@ -229,20 +229,21 @@ class LowRankSegment:
 
     def blocks(self) -> list[LowRankSegment]:
         """Every block as a segment of its own."""
+        return [self.part(k, k + 1) for k in range(len(self.columns))]
+
+    def part(self, first: int, last: int) -> LowRankSegment:
+        """The blocks [first, last) as a segment of their own: views, one contiguous range."""
         sizes = [part.up.numel() + part.down.numel() for part in self.parts]
-        bases = self.layout.split(self.base)
-        return [
-            LowRankSegment.of(
-                self.columns[k : k + 1],
-                self.layout.shapes[k : k + 1],
-                self.codec,
-                self.ranks[k : k + 1],
-                self.scales[k : k + 1],
-                bases[k].flatten(),
-                factors,
-            )
-            for k, factors in enumerate(self.factors.split(sizes))
-        ]
+        start, end = self.layout.offsets[first], self.layout.offsets[last]
+        return LowRankSegment.of(
+            self.columns[first:last],
+            self.layout.shapes[first:last],
+            self.codec,
+            self.ranks[first:last],
+            self.scales[first:last],
+            self.base[start:end],
+            self.factors[sum(sizes[:first]) : sum(sizes[:last])],
+        )
 
     def checksums(self) -> Tensor:
         """int64 [1]: CRC-32 of the factors."""

@@ -130,19 +130,19 @@ class Segment:
 
     def blocks(self) -> list[Segment]:
         """Every block as a segment of its own: views, one contiguous range each."""
-        return [
-            Segment.of(
-                self.columns[k : k + 1],
-                self.layout.shapes[k : k + 1],
-                self.codec,
-                self.num_vectors,
-                self.base[start:end],
-                *self._stored(start, end),
-            )
-            for k, (start, end) in enumerate(
-                zip(self.layout.offsets, self.layout.offsets[1:], strict=False)
-            )
-        ]
+        return [self.part(k, k + 1) for k in range(len(self.columns))]
+
+    def part(self, first: int, last: int) -> Segment:
+        """The blocks [first, last) as a segment of their own: views, one contiguous range."""
+        start, end = self.layout.offsets[first], self.layout.offsets[last]
+        return Segment.of(
+            self.columns[first:last],
+            self.layout.shapes[first:last],
+            self.codec,
+            self.num_vectors,
+            self.base[start:end],
+            *self._stored(start, end),
+        )
 
     def checksums(self) -> Tensor:
         """int64 [chunks]: CRC-32 of the stored deltas, then scales, of each of `chunks`."""

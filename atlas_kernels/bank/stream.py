@@ -12,12 +12,14 @@ import os
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from itertools import islice
 from mmap import mmap
 from pathlib import Path
 from queue import SimpleQueue
+from threading import RLock
 from typing import Any, Protocol
 
 import torch
@@ -93,6 +95,7 @@ class Stream:
 
     def _start(self) -> None:
         self._process = os.getpid()
+        self._turn = RLock()
         size = max((piece.nbytes for block in self._pieces for piece in block), default=0)
         self._buffers: SimpleQueue[_Buffer] = SimpleQueue()
         for _ in range(SLOTS):
@@ -121,14 +124,18 @@ class Stream:
             return part.coef_grad(grad, tile_key=key, groups=self.groups).squeeze(1)
         return dots_with(_StreamedComposition(self, column), grad).squeeze(1)
 
+    def turn(self) -> AbstractContextManager[Any]:
+        """Inside, a thread may `read`: all of them share the buffers."""
+        if self._process != os.getpid():
+            # A fork: the threads that read stayed behind, and with them whose turn it was.
+            self._start()
+        return self._turn
+
     def read(self, column: int) -> Iterator[tuple[slice, Segment, Tensor | None]]:
         """A block's elements piece by piece, with a segment that is valid until the next.
 
         And with the keys of their tiles, if blocks are partitioned.
         """
-        if self._process != os.getpid():
-            # A fork: the threads that read stayed behind.
-            self._start()
         keys = self._keys[column]
         self._next[self._last] = column
         self._last = (*self._last[1:], column)
@@ -270,17 +277,19 @@ class _StreamedComposition:
     def composed(self, coef: Tensor, base: Tensor) -> Tensor:
         """[P'], for coef (N, 1) or (N, 1, K) and base [P']."""
         composed = torch.empty_like(base)
-        for elements, segment, key in self.stream.read(self.column):
-            part = replace(segment, base=base[elements])
-            composed[elements] = part.compose(coef, tile_key=key)
+        with self.stream.turn():
+            for elements, segment, key in self.stream.read(self.column):
+                part = replace(segment, base=base[elements])
+                composed[elements] = part.compose(coef, tile_key=key)
         return composed
 
     def dots(self, grad: Tensor) -> Tensor:
         """Shaped like coef, for grad [P']."""
         total = torch.zeros(self.stream.coef_shape, dtype=torch.float64, device=grad.device)
-        for elements, segment, key in self.stream.read(self.column):
-            part = segment.coef_grad(grad[elements], tile_key=key, groups=self.stream.groups)
-            total += part
+        with self.stream.turn():
+            for elements, segment, key in self.stream.read(self.column):
+                part = segment.coef_grad(grad[elements], tile_key=key, groups=self.stream.groups)
+                total += part
         return total.float()
 
 

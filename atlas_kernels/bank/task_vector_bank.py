@@ -46,6 +46,7 @@ class TaskVectorBank:
         codecs: the codec of each block.
         errors: float32 (N, B), ``|stored - delta| / |delta|`` of each vector's block.
         base_digests: fingerprint of each block's base.
+        products: of weights that are products of factors (``lora="factorwise"``), the scale.
         constants: all other tensors of the base, by name.
         fields: what its files say of it, as JSON has it.
         origin: the file that it was loaded from, or None.
@@ -91,9 +92,9 @@ class TaskVectorBank:
         self.segments = tuple(segments)
         self.codecs = tuple(codecs)
         self._keys: dict[int, list[Tensor]] = {}
-        self._products: dict[str, float] = fields.get("products", {})
-        factors = {name for weight in self._products for name in factor_names(weight)}
-        self.weights = (*(b for b in self.blocks if b not in factors), *self._products)
+        self.products: dict[str, float] = fields.get("products", {})
+        factors = {name for weight in self.products for name in factor_names(weight)}
+        self.weights = (*(b for b in self.blocks if b not in factors), *self.products)
 
     @classmethod
     def from_task_vectors(
@@ -230,10 +231,12 @@ class TaskVectorBank:
         for segment in self.segments:
             views = segment.layout.split(segment.base)
             found |= zip((self.blocks[j] for j in segment.columns), views, strict=True)
-        found |= {weight: self.constants[weight] for weight in self._products}
+        found |= {weight: self.constants[weight] for weight in self.products}
         return {name: found[name] for name in self.weights}
 
-    def compose(self, coef: Tensor, *, backend: str = "auto", seed: int = 0) -> dict[str, Tensor]:
+    def compose(
+        self, coef: Tensor, *, backend: str = "auto", seed: int = 0, factors: bool = False
+    ) -> dict[str, Tensor]:
         """``base[block] + sum_i coef[i, block] * delta_i[block]``, all blocks in one pass.
 
         With coefficients of K groups, element e of a block has ``coef[i, block, group(e)]``: aTLAS
@@ -244,6 +247,7 @@ class TaskVectorBank:
             coef: (N, B), (N,) or (N, B, K), 1 <= K <= 4096; floating point, on the bank's device.
             backend: as for `atlas_kernels.compose`.
             seed: of the partition; any integer.
+            factors: whether to return them too, where weights are products.
 
         Returns:
             The composed ``weights`` by name, in the base's dtypes, differentiable (twice) in coef.
@@ -255,7 +259,10 @@ class TaskVectorBank:
             BackendUnavailableError: the backend asked for cannot run here.
         """
         composed = self._of_segments(self.segments, coef, backend, seed)
-        return multiply(composed, self.constants, self._products) if self._products else composed
+        if not self.products:
+            return composed
+        weights = multiply(composed, self.constants, self.products)
+        return {**composed, **weights} if factors else weights
 
     def combine(self, coef: Tensor, *, backend: str = "auto", seed: int = 0) -> dict[str, Tensor]:
         """``sum_i coef[i, block] * delta_i[block]``: what `compose` adds to the base.
@@ -274,7 +281,7 @@ class TaskVectorBank:
                 (``lora="factorwise"``), so that there is no such sum.
             BackendUnavailableError: the backend asked for cannot run here.
         """
-        if self._products:
+        if self.products:
             raise ValueError(
                 "weights of this bank are products of blocks (lora='factorwise'), which are not "
                 "linear in coef: pack it with lora='product'"

@@ -15,7 +15,8 @@ from torch.func import jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..bank import TaskVectorBank
-from .composed_model import ComposedModel, Granularity
+from .composed_model import ComposedModel
+from .fitting import Granularity
 from .substitution import call_with
 
 
@@ -80,8 +81,7 @@ class LinearizedModel(ComposedModel):
         super().__init__(module, bank, granularity=granularity, partitions=partitions, seed=seed)
         self.module.eval()
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The module's output, moved along the combined task vectors."""
+    def _run(self, *args: Any, **kwargs: Any) -> Tensor:
         return expand(self.module, self.weights(), *args, **kwargs)
 
     def train(self, mode: bool = True) -> LinearizedModel:
@@ -97,8 +97,8 @@ class LinearizedModel(ComposedModel):
             "its coefficients (save_coefficients) and its bank"
         )
 
-    def _compose(self) -> dict[str, Tensor]:
-        return self.bank.combine(self.coef, seed=self.seed)
+    def _composed(self, coef: Tensor) -> dict[str, Tensor]:
+        return self.bank.combine(coef, seed=self.seed)
 
 
 def expand(module: nn.Module, tangent: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:

@@ -13,8 +13,9 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from ..bank import CHUNK, SLOTS, Patterns, check_dtype, chosen, split_base
 from ..ops import CODECS, TILE, Codec, padded, parse_codec
-from .composed_model import Memory
+from .fitting import Memory
 from .substitution import call_with
+from .whole import BUCKET
 
 # Best first: how faithfully deltas are stored; then, what costs the least time.
 _CODECS = ("fp32", "bf16", "int8", "int4", "int3", "int2", "sign")
@@ -66,8 +67,8 @@ def plan(
     With P the bytes of the composed blocks, D those of their packed deltas, p those of the largest
     block, all with padding, a step holds at its peak, besides the base and the activations:
 
-    - "whole": D, the composed blocks P, their gradients P, and P again where the activations are
-      less: gradients are brought into the order of the bank when the last of them is there;
+    - "whole": D, the composed blocks P, one gradient p, and up to 2 MiB for gradients of small
+      blocks, which are reduced together;
     - "recompute": D, two blocks 2 p, one gradient p;
     - "stream": a fixed read-ahead instead of D, 2 p and p.
 
@@ -131,8 +132,7 @@ def plan(
     largest = max(bases)
     parts = {"base": base + left, "bank": bank}
     if memory == "whole":
-        # The second copy is made when the activations have gone.
-        parts |= {"composed": base, "gradients": base + max(0, base - (activations or 0))}
+        parts |= {"composed": base, "gradients": min(base, largest + BUCKET) + min(base, BUCKET)}
         moved = {"forward": 2 * base + bank, "backward": base + bank}
     else:
         if memory == "stream":

@@ -1,18 +1,13 @@
 """Weights on use: a block is composed when a module asks for it, and again for the backward.
 
-Nothing but the base, the bank and the activations outlives a use. Of every block and forward pass
-there is one *token*, a tensor without storage that stands for the block in the autograd graph, and
-a *use* each time the block is composed from it. A use hands its gradient to the token, so autograd
-sums the gradients of all uses before the token reduces them to one number per task vector. What
-the module's operations save for their backward is not the block, but a note to compose it again.
+Nothing but the base, the bank and the activations outlives a use: what the module's operations save
+for their backward is not the block, but a note to compose it again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import partial
 from math import prod
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary, WeakValueDictionary
@@ -20,10 +15,10 @@ from weakref import WeakKeyDictionary, WeakValueDictionary
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
-from torch.nn.functional import pad
 
-from ..bank import TaskVectorBank
+from ..bank import LowRankSegment, Segment, TaskVectorBank
 from ..ops import per_block, tile_keys
+from .passes import Bucket, buckets
 
 
 class Blocks(Protocol):
@@ -49,6 +44,7 @@ class ResidentBlocks:
     """
 
     def __init__(self, bank: TaskVectorBank, groups: int = 0, seed: int = 0) -> None:
+        self._bank = bank
         parts = {part.columns[0]: part for segment in bank.segments for part in segment.blocks()}
         self._parts = [parts[column] for column in range(len(parts))]
         self._groups = groups
@@ -59,164 +55,99 @@ class ResidentBlocks:
 
     def compose(self, column: int, coef: Tensor, /) -> Tensor:
         """See `Blocks`."""
+        self._bank.check_unchanged()
         return self._parts[column].compose(coef.unsqueeze(1), tile_key=self._keys[column])
 
     def coef_grad(self, column: int, grad: Tensor, /) -> Tensor:
         """See `Blocks`."""
+        self._bank.check_unchanged()
         part, key = self._parts[column], self._keys[column]
         return part.coef_grad(grad, tile_key=key, groups=self._groups).squeeze(1)
 
 
 class OnUse:
-    """Composes a module's weights where it asks for them (see `door`).
+    """The memory modes "recompute" and "stream" (a `passes.Mode`).
 
     Args:
-        bank: which blocks, and how long each is with padding.
-        blocks: what to compose them from.
-        coef: (N, B), (N,) or (N, B, K), read anew by every forward pass.
+        bank: what is composed.
+        blocks: what from.
     """
 
-    installed = False
-
-    def __init__(self, bank: TaskVectorBank, blocks: Blocks, coef: Tensor) -> None:
+    def __init__(self, bank: TaskVectorBank, blocks: Blocks) -> None:
         self.bank = bank
-        self.coef = coef
-        self._blocks = _Blocks(blocks, bank)
-        self._pass: _Pass | None = None
+        self.blocks = blocks
+        self.buckets: dict[str, Bucket] = {}
 
-    @contextmanager
-    def forward_pass(
-        self, keep: bool = False, cut: Callable[[Tensor], Tensor] | None = None
-    ) -> Iterator[None]:
-        """Inside, the module runs forward.
+        def reducer(part: Segment | LowRankSegment) -> Any:
+            (column,) = part.columns
+            return lambda flat: blocks.coef_grad(column, flat).unsqueeze(1)
 
-        Args:
-            keep: whether the next pass shares this one's tokens, unless ``coef`` has changed.
-            cut: applied to every new token, to take the graph before it apart.
-        """
-        self.bank.check_unchanged()
-        if self._pass is None or not self._pass.serves():
-            self._pass = self._new_pass(cut)
-        current = self._pass
-        try:
-            with saved_tensors_hooks(current.pack, current.unpack):
-                yield
-        finally:
-            current.last = None
-            if not keep:
-                self._pass = None
+        for bucket in buckets(bank, 0, reducer):
+            self.buckets[bucket.names[0]] = bucket
 
-    def end(self) -> None:
-        """Forgets the pass that was kept."""
-        self._pass = None
+    def snapshot(self, coef: Tensor, /) -> _Snapshot:
+        """See `passes.Mode`."""
+        return _Snapshot(self, coef)
 
-    def serves(self, bank: TaskVectorBank, coef: Tensor) -> bool:
-        """Whether this composes from these, and still in the module."""
-        return self.installed and bank is self.bank and coef is self.coef
-
-    def block(self, column: int, parameter: Tensor) -> Tensor:
-        """The composed block in place of a parameter.
-
-        Activation checkpointing comes back here during the backward, when there may be no pass.
-        """
-        return (self._pass or self._new_pass(None)).block(column, parameter)
-
-    def values(self) -> Iterator[tuple[str, Tensor]]:
-        """All composed blocks by name, one after another, without gradients."""
-        current = self._new_pass(None)
-        for column, name in enumerate(self.bank.blocks):
-            yield name, current.compose(column)
-
-    def _new_pass(self, cut: Callable[[Tensor], Tensor] | None) -> _Pass:
-        return _Pass(self._blocks, self.coef, cut)
+    def forget(self) -> None:
+        """Nothing is kept."""
 
 
 @dataclass(frozen=True)
 class _Note:
     """What is saved for the backward instead of a view of a composed block."""
 
-    column: int
+    name: str
     size: torch.Size
     stride: tuple[int, ...]
     offset: int
 
 
-class _Pass:
-    """One forward pass: its coefficients, its tokens, and the composed blocks that are alive."""
+class _Snapshot:
+    """The coefficients of a pass, and its composed blocks that are alive."""
 
-    def __init__(
-        self,
-        blocks: _Blocks,
-        coef: Tensor,
-        cut: Callable[[Tensor], Tensor] | None,
-    ) -> None:
-        self._blocks = blocks
-        self._cut = cut
-        self._coef, self._version = coef, coef._version
-        self._modes = _modes(coef)
-        num_blocks = len(blocks.shapes)
-        self._per_block = per_block(coef, num_blocks)
+    def __init__(self, mode: OnUse, coef: Tensor) -> None:
+        self._mode = mode
         # A copy: the backward composes with these, whatever becomes of coef. (N,) or (N, K) each.
-        rows = self._per_block.detach().transpose(0, 1)
-        rows = rows.clone(memory_format=torch.contiguous_format)
-        self._rows = rows.unbind()
-        self._columns: tuple[Tensor, ...] = ()
-        self._tokens: dict[int, Tensor] = {}
-        self._live: WeakValueDictionary[tuple[int, bool], Tensor] = WeakValueDictionary()
-        # Kept alive until another block is asked for: modules such as nn.MultiheadAttention look
-        # at a weight several times before they use it.
-        self.last: Tensor | None = None
+        rows = per_block(coef.detach(), len(mode.bank.blocks)).transpose(0, 1)
+        self._rows = rows.clone(memory_format=torch.contiguous_format).unbind()
         # Storages of composed blocks: what a tensor must have in common to be a view of one.
-        self._storages: WeakKeyDictionary[torch.UntypedStorage, tuple[int, torch.dtype, int]] = (
+        self._storages: WeakKeyDictionary[torch.UntypedStorage, tuple[str, torch.dtype, int]] = (
             WeakKeyDictionary()
         )
+        self._again: WeakValueDictionary[str, Tensor] = WeakValueDictionary()
 
-    def serves(self) -> bool:
-        """Whether a new pass would compose the same."""
-        return self._coef._version == self._version and _modes(self._coef) == self._modes
+    def compose(self, name: str, /) -> Tensor:
+        """See `passes.Snapshot`."""
+        bucket = self._mode.buckets[name]
+        (column,), (shape,) = bucket.columns, bucket.shapes
+        flat = self._mode.blocks.compose(column, self._rows[column])
+        # To autograd no view: a module may change it in place, as embeddings with max_norm do.
+        block: Tensor = torch.ops.aten._unsafe_view(flat[: prod(shape)], shape)
+        if not block.is_inference():
+            self._storages[block.untyped_storage()] = (name, block.dtype, block._version)
+        return block
 
-    def block(self, column: int, parameter: Tensor) -> Tensor:
-        """The composed block, shared while it is alive; part of the graph if the pass records."""
-        records, inference = self._modes
-        value = self._live.get((column, records))
-        if value is None:
-            # Before another one is made, so that it takes no more memory than a use does.
-            self.last = None
-            # Like a parameter, which is the same whatever mode the module reads it in.
-            with torch.inference_mode(inference), torch.set_grad_enabled(records):
-                if records:
-                    token = self._token(column, parameter)
-                    value = _Use.apply(token, partial(self.compose, column))
-                else:
-                    value = self.compose(column)
-            self._live[column, records] = value
-            if not inference:
-                self._storages[value.untyped_storage()] = (column, value.dtype, value._version)
-        self.last = value
-        return value
+    def hooks(self) -> AbstractContextManager[Any]:
+        """Notes in place of blocks."""
+        return saved_tensors_hooks(self._pack, self._unpack)
 
-    def compose(self, column: int) -> Tensor:
-        """The composed block, new and without a graph."""
-        return self._blocks.compose(column, self._rows[column])
-
-    def pack(self, tensor: Tensor) -> Any:
-        """What autograd saves of a tensor that a backward will need."""
+    def _pack(self, tensor: Tensor) -> Any:
         if tensor.layout == torch.strided:
-            column, dtype, version = self._storages.get(tensor.untyped_storage(), (-1, None, -1))
+            name, dtype, version = self._storages.get(tensor.untyped_storage(), ("", None, -1))
             # Neither reinterpreted (as complex numbers, say) nor changed in place since.
             if tensor.dtype == dtype and tensor._version == version and not tensor.is_neg():
-                return _Note(column, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
+                return _Note(name, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
         return tensor, tensor._version
 
-    def unpack(self, saved: Any) -> Tensor:
-        """The tensor again."""
+    def _unpack(self, saved: Any) -> Tensor:
         if isinstance(saved, _Note):
             with torch.no_grad():
-                value = self._live.get((saved.column, False))
-                if value is None:
-                    value = self.compose(saved.column)
-                    self._live[saved.column, False] = value
-                return value.as_strided(saved.size, saved.stride, saved.offset)
+                block = self._again.get(saved.name)
+                if block is None:
+                    block = self.compose(saved.name)
+                    self._again[saved.name] = block
+                return block.as_strided(saved.size, saved.stride, saved.offset)
         tensor: Tensor
         tensor, version = saved
         # Autograd checks this itself, but not where hooks are in use.
@@ -226,69 +157,3 @@ class _Pass:
                 f"{tuple(tensor.shape)}, version {tensor._version}, expected {version}"
             )
         return tensor
-
-    def _token(self, column: int, parameter: Tensor) -> Tensor:
-        # Made at the first use and not before: autograd runs nodes in the reverse order of their
-        # making, so a gradient is reduced right after the block's last use has handed it over.
-        token = self._tokens.get(column)
-        if token is None:
-            self._columns = self._columns or self._per_block.unbind(1)
-            token = _Token.apply(self._columns[column], self._blocks, column, parameter)
-            self._tokens[column] = token = self._cut(token) if self._cut else token
-        return token
-
-
-class _Blocks:
-    """Blocks in the shapes of the parameters, without padding."""
-
-    def __init__(self, blocks: Blocks, bank: TaskVectorBank) -> None:
-        self.shapes = bank.shapes
-        self._padded = blocks
-        self._padding = [0] * len(bank.shapes)
-        for segment in bank.segments:
-            offsets = segment.layout.offsets
-            for column, start, end in zip(segment.columns, offsets, offsets[1:], strict=False):
-                self._padding[column] = end - start - prod(bank.shapes[column])
-
-    def compose(self, column: int, coef: Tensor) -> Tensor:
-        flat = self._padded.compose(column, coef)
-        block = flat[: flat.numel() - self._padding[column]]
-        # To autograd no view: a module may change it in place, as embeddings with max_norm do.
-        result: Tensor = torch.ops.aten._unsafe_view(block, self.shapes[column])
-        return result
-
-    def coef_grad(self, column: int, grad: Tensor) -> Tensor:
-        flat, padding = grad.reshape(-1), self._padding[column]
-        return self._padded.coef_grad(column, pad(flat, (0, padding)) if padding else flat)
-
-
-def _modes(coef: Tensor) -> tuple[bool, bool]:
-    """Whether composing now records a graph, and whether it runs in inference mode."""
-    return torch.is_grad_enabled() and coef.requires_grad, torch.is_inference_mode_enabled()
-
-
-# Both without `setup_context`, which would cost more than most compositions: PyTorch then inspects
-# the signature of `forward` at every call.
-class _Token(torch.autograd.Function):
-    """(coef[:, column], blocks, column, parameter) -> a tensor like it, without storage."""
-
-    @staticmethod
-    def forward(ctx: Any, coef: Tensor, blocks: _Blocks, column: int, parameter: Tensor) -> Tensor:
-        ctx.blocks, ctx.column = blocks, column
-        return parameter.new_empty(()).expand(parameter.shape)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        return ctx.blocks.coef_grad(ctx.column, grad), None, None, None
-
-
-class _Use(torch.autograd.Function):
-    """(token, compose) -> the composed block."""
-
-    @staticmethod
-    def forward(ctx: Any, token: Tensor, compose: Callable[[], Tensor]) -> Tensor:
-        return compose()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        return grad, None

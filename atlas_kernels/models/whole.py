@@ -1,167 +1,121 @@
-"""All weights at once: composed in one pass, and the module's own until the coefficients change."""
+"""All weights at once: composed in one pass over the bank, and kept until the coefficients change.
+
+What is kept has no graph, so that it serves every pass of every thread, with gradients or without.
+"""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import weakref
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from ..bank import TaskVectorBank
+from ..bank import LowRankSegment, Segment, TaskVectorBank
+from ..ops import tile_keys
+from .passes import Bucket, buckets
 
-
-class Composing(Protocol):
-    """A model that composes weights from a bank."""
-
-    training: bool
-
-    @property
-    def coef(self) -> Tensor:
-        """(N, B), (N,) or (N, B, K)."""
-
-    @property
-    def bank(self) -> TaskVectorBank:
-        """What from."""
-
-    def _compose(self) -> dict[str, Tensor]:
-        """All weights, anew."""
+# Bytes of the small gradients that are reduced together. For ViT-B/32's image tower (B = 152) any
+# size up to a few MiB takes as long as block by block, for an encoder of 56 small blocks 1 MiB a
+# third; larger ones leave the cache.
+BUCKET = 1 << 20
 
 
 class Whole:
-    """Composes all weights of a model when one of them is asked for (see `door`).
-
-    Weights that record no graph are shared by all threads, which wait for the one that composes
-    them. Weights that do are each thread's own, for a backward pass uses up what it goes through.
+    """The memory mode "whole" (a `passes.Mode`).
 
     Args:
-        model: whose bank and coefficients, read at every use.
+        bank: what is composed.
+        compose: all of its blocks and weights by name, for coefficients; differentiable.
+        groups: K, if blocks are partitioned, else 0.
+        seed: of the partition.
     """
 
-    installed = False
-
-    def __init__(self, model: Composing) -> None:
-        self._model = model
-        self._shared: _Composition | None = None
+    def __init__(
+        self,
+        bank: TaskVectorBank,
+        compose: Callable[[Tensor], dict[str, Tensor]],
+        groups: int = 0,
+        seed: int = 0,
+    ) -> None:
+        self.bank = bank
+        self.compose = compose
+        self.buckets: dict[str, Bucket] = {}
+        self._kept: _Composition | None = None
         self._lock = threading.RLock()
-        self._threads = threading.local()
-        self._traced: dict[str, Tensor] | None = None
-        self.hold = False
-        self.cut: Callable[[Tensor], Tensor] | None = None
 
-    def block(self, column: int, parameter: Tensor) -> Tensor:
-        """The composed block in place of a parameter."""
-        weights = self.weights() if self._traced is None else self._traced
-        return weights[self._model.bank.weights[column]]
+        def reducer(part: Segment | LowRankSegment) -> Callable[[Tensor], Tensor]:
+            names = [bank.blocks[column] for column in part.columns]
+            keys = tile_keys(names, part.layout, seed) if groups else None
 
-    @contextmanager
-    def forward_pass(self) -> Iterator[None]:
-        """Inside, the module runs forward: in training on a composition of its own."""
-        if torch.compiler.is_compiling():
-            # A graph has no use for caches, and the compiler none for locks.
-            self._traced = self._model._compose()
-            try:
-                yield
-            finally:
-                self._traced = None
-            return
-        anew = self._model.training and not self.hold and self._records()
-        if anew:
-            self._slot().kept = None
-        try:
-            yield
-        finally:
-            if anew:
-                # The graph holds what the backward pass needs.
-                self._slot().kept = None
+            def reduce(grad: Tensor) -> Tensor:
+                bank.check_unchanged()
+                return part.coef_grad(grad, tile_key=keys, groups=groups)
 
-    def weights(self) -> dict[str, Tensor]:
-        """The composed weights by name; composed anew only if need be."""
-        records, slot = self._records(), self._slot()
-        kept = slot.kept
-        if kept is not None and kept.serves(self._model, records):
-            return kept.weights
-        # Dropped first, so that two composed models are never alive at once.
-        slot.kept = kept = None
-        if records:
-            self._shared = None
-            weights = self._recorded(slot)
-            slot.kept = _Composition.of(self._model, weights, records)
-            return weights
-        with self._lock:
-            shared = self._shared
-            if shared is None or not shared.serves(self._model, records):
-                self._shared = shared = None
-                self._shared = shared = _Composition.of(
-                    self._model, self._model._compose(), records
-                )
-            return shared.weights
+            return reduce
 
-    def serves(self, bank: TaskVectorBank, coef: Tensor) -> bool:
-        """True: whatever bank and coefficients the model has."""
-        return True
+        for bucket in buckets(bank, BUCKET, reducer):
+            self.buckets |= dict.fromkeys(bucket.names, bucket)
 
-    def end(self) -> None:
-        """Forgets what is kept."""
-        self._shared = None
-        self._threads = threading.local()
+    def snapshot(self, coef: Tensor, /) -> _Current:
+        """See `passes.Mode`."""
+        return _Current(self, coef)
 
-    def _recorded(self, slot: _Slot) -> dict[str, Tensor]:
-        weights = self._model._compose()
-        if self.cut is not None:
-            return {name: self.cut(weight) for name, weight in weights.items()}
+    def weights(self, coef: Tensor) -> dict[str, Tensor]:
+        """All blocks and weights for these coefficients, composed anew only if need be."""
+        kept = self._kept
+        if kept is None or not kept.serves(coef):
+            with self._lock:
+                kept = self._kept
+                if kept is None or not kept.serves(coef):
+                    # Dropped first, so that two composed models are never alive at once.
+                    self._kept = kept = None
+                    self._kept = kept = self._composed(coef)
+        return kept.weights
 
-        def drop(gradient: Tensor) -> None:
-            # The next forward needs another composition; and the memory is needed: gradients are
-            # brought into the order of the bank at the end of this pass.
-            slot.kept = None
+    def forget(self) -> None:
+        """Drops what is kept."""
+        self._kept = None
 
-        for weight in weights.values():
-            weight.register_hook(drop)
-        return weights
-
-    def _records(self) -> bool:
-        return torch.is_grad_enabled() and self._model.coef.requires_grad
-
-    def _slot(self) -> _Slot:
-        slot: _Slot | None = getattr(self._threads, "slot", None)
-        if slot is None:
-            slot = self._threads.slot = _Slot()
-        return slot
+    def _composed(self, coef: Tensor) -> _Composition:
+        version = coef._version
+        with torch.inference_mode(False), torch.no_grad():
+            # Blocks of one arena, but to autograd no views of it: a change in place, as embeddings
+            # with max_norm make it, is one of this block alone.
+            weights = {
+                name: torch.ops.aten._unsafe_view(weight, weight.shape)
+                for name, weight in self.compose(coef.detach()).items()
+            }
+        return _Composition(weakref.ref(coef), version, weights)
 
 
-class _Slot:
-    """A thread's own composition. Hooks of a GPU's backward pass reach it from another thread."""
+@dataclass(frozen=True)
+class _Current:
+    """Whatever is composed for these coefficients now. It keeps nothing alive by itself."""
 
-    kept: _Composition | None = None
+    whole: Whole
+    coef: Tensor
+
+    def compose(self, name: str, /) -> Tensor:
+        """See `passes.Snapshot`."""
+        return self.whole.weights(self.coef)[name]
+
+    def hooks(self) -> AbstractContextManager[None]:
+        """None: what is saved for a backward pass is kept anyway."""
+        return nullcontext()
 
 
 @dataclass(frozen=True)
 class _Composition:
     """Composed weights, and what they were composed from."""
 
-    bank: TaskVectorBank
-    coef: Tensor
+    coef: weakref.ref[Tensor]
     version: int
-    records: bool
-    inference: bool
     weights: dict[str, Tensor]
 
-    @classmethod
-    def of(cls, model: Composing, weights: dict[str, Tensor], records: bool) -> _Composition:
-        """What a model has just composed."""
-        inference = torch.is_inference_mode_enabled()
-        return cls(model.bank, model.coef, model.coef._version, records, inference, weights)
-
-    def serves(self, model: Composing, records: bool) -> bool:
-        """Whether composing anew would give the same, and gradients if they are asked for."""
-        return (
-            model.bank is self.bank
-            and model.coef is self.coef
-            and model.coef._version == self.version
-            and records <= self.records
-            and torch.is_inference_mode_enabled() == self.inference
-        )
+    def serves(self, coef: Tensor) -> bool:
+        """Whether composing anew would give the same."""
+        return self.coef() is coef and coef._version == self.version

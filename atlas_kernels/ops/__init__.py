@@ -18,7 +18,7 @@ from .composition import (
     per_block,
 )
 from .groups import check_groups, group_of, group_sums, slots, tile_keys
-from .internals import in_backward
+from .internals import in_transform
 from .layout import CHUNK_TILES, TILE, Layout, padded, pieces
 
 __all__ = [
@@ -41,7 +41,7 @@ __all__ = [
     "dots_with",
     "group_of",
     "group_sums",
-    "in_backward",
+    "in_transform",
     "padded",
     "parse_codec",
     "per_block",

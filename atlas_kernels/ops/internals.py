@@ -15,12 +15,9 @@ def any_requires_grad(tensors: Iterable[Tensor]) -> bool:
 
 def is_transformed() -> bool:
     """Whether a function transform (`vmap`, `torch.func.grad`) or a dispatch mode is at work."""
-    return (
-        torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._len_torch_dispatch_stack() > 0
-    )
+    return in_transform() or torch._C._len_torch_dispatch_stack() > 0
 
 
-def in_backward() -> bool:
-    """Whether autograd runs a backward pass on this thread."""
-    return bool(torch._C._current_graph_task_id() != -1)
+def in_transform() -> bool:
+    """Whether a function transform (`vmap`, `torch.func.grad`) is at work."""
+    return torch._C._functorch.peek_interpreter_stack() is not None

@@ -191,18 +191,19 @@ def test_a_step_composes_once_and_an_epoch_ends_with_the_smallest_task(
 ) -> None:
     encoder = make_encoder(2)
     tasks = make_tasks([40, 14, 27])  # 4, 2 and 3 batches of at most 13.
-    modes: list[bool] = []
+    compositions = 0
     compose = ak.TaskVectorBank.compose
 
     def counted(bank: ak.TaskVectorBank, coef: Tensor, **options: Any) -> dict[str, Tensor]:
-        modes.append(torch.is_grad_enabled())
+        nonlocal compositions
+        compositions += 1
         return compose(bank, coef, **options)
 
     monkeypatch.setattr(ak.TaskVectorBank, "compose", counted)
     add(encoder, tasks, Recipe(epochs=3), progress=False)
-    assert modes.count(True) == 3 * 2
-    # Zero-shot (which is the start as well), three epochs, and the result.
-    assert modes.count(False) <= 1 + 3 + 2
+    # For zero-shot (which is the start as well) and after each of three epochs' two steps; scores
+    # find it there. The result may be that of an earlier epoch.
+    assert 1 + 3 * 2 <= compositions <= 1 + 3 * 2 + 2
 
 
 def test_runs_start_from_the_base_and_repeat_bit_for_bit(tmp_path: Path) -> None:

@@ -270,12 +270,15 @@ def test_merge_equals_the_composed_forward(granularity: Any) -> None:
 def test_composed_once_until_coef_changes() -> None:
     _, model = make_model()
     model.eval()
-    for context in (torch.no_grad, torch.inference_mode):
-        with context(), counted() as calls:
-            first = model(TOKENS)
-            for _ in range(3):
-                assert same_bits(model(TOKENS), first)
-            assert calls["arena_compose"] == 1
+    with counted() as calls:
+        for context in (torch.no_grad, torch.inference_mode, torch.enable_grad):
+            for train in (False, True):
+                with context():
+                    first = model.train(train)(TOKENS)
+                    for _ in range(3):
+                        assert same_bits(model(TOKENS), first)
+        assert calls["arena_compose"] == 1
+    model.eval()
     with torch.no_grad(), counted() as calls:
         for step in range(3):
             model.coef.add_(0.5)
@@ -283,7 +286,7 @@ def test_composed_once_until_coef_changes() -> None:
                 changed = model(TOKENS)
             assert calls["arena_compose"] == step + 1
             assert not torch.allclose(changed, first, atol=1e-3)
-    # A step of an optimiser counts as a change, and weights with gradients are not reused later.
+    # A step of an optimiser counts as a change.
     model(TOKENS).sum().backward()
     torch.optim.SGD([model.coef], lr=1.0).step()
     with torch.no_grad():
@@ -293,6 +296,9 @@ def test_composed_once_until_coef_changes() -> None:
 def test_what_is_cached_without_gradients_is_not_used_with_them() -> None:
     _, model = make_model()
     for context in (torch.no_grad, torch.inference_mode):
+        with torch.no_grad():
+            # Composed anew, in this mode.
+            model.coef.add_(0.1)
         with context():
             model(TOKENS)
         model(TOKENS).square().sum().backward()
@@ -320,10 +326,10 @@ def test_one_composition_per_step_and_one_for_several_losses() -> None:
     randomise(model)
     other = torch.arange(9).flip(0)
     separate = []
-    for tokens in (TOKENS, other):
+    for compositions, tokens in ((1, TOKENS), (0, other)):
         with counted() as calls:
             model(tokens).square().mean().backward()
-        assert (calls["arena_compose"], calls["arena_coef_grad"]) == (1, 1)
+        assert (calls["arena_compose"], calls["arena_coef_grad"]) == (compositions, 1)
         assert model.coef.grad is not None
         separate.append(model.coef.grad.clone())
         model.coef.grad = None
@@ -331,7 +337,7 @@ def test_one_composition_per_step_and_one_for_several_losses() -> None:
         with model.composed_once():
             loss = model(TOKENS).square().mean() + model(other).square().mean()
         loss.backward()
-    assert (calls["arena_compose"], calls["arena_coef_grad"]) == (1, 1)
+    assert (calls["arena_compose"], calls["arena_coef_grad"]) == (0, 1)
     assert torch.allclose(model.coef.grad, separate[0] + separate[1], rtol=1e-4, atol=1e-6)
     assert separate[0].abs().min() > 1e-5
     # Outside again, nothing is kept: a second step must not use a graph that is gone.
@@ -529,15 +535,29 @@ def test_to_a_device() -> None:
     assert all(weight.device == torch.device("meta") for weight in moved.weights().values())
 
 
-@pytest.mark.parametrize("mode", ["aot_eager"])
-def test_compiled_module(mode: str) -> None:
+@pytest.mark.parametrize("what", ["model", "its module", "a part before", "a part after"])
+@pytest.mark.filterwarnings("ignore:Dynamo")
+def test_compiled_module(what: str) -> None:
     module, model = make_model()
+    if what == "a part before":
+        model.module.hidden.compile(backend="aot_eager")
+        model = ak.ComposedModel(model.module, model.bank)
     randomise(model)
     model.eval()
     torch._dynamo.reset()
-    expected = model(TOKENS)
-    (gradient,) = torch.autograd.grad(expected.square().sum(), model.coef)
-    compiled = torch.compile(model, backend=mode)
+    plain = model.merge().eval()
+    with torch.no_grad():
+        expected = plain(TOKENS)
+    weights = {name: w.clone() for name, w in model.bank.compose(model.coef).items()}
+    output = functional_call(plain, weights, (TOKENS,))
+    (gradient,) = torch.autograd.grad(output.square().sum(), model.coef)
+    compiled: Any = model
+    if what == "model":
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    elif what == "its module":
+        compiled = torch.compile(model.module, backend="aot_eager")
+    elif what == "a part after":
+        model.module.hidden.compile(backend="aot_eager")
     output = compiled(TOKENS)
     assert torch.allclose(output, expected, rtol=1e-5, atol=1e-5)
     (compiled_gradient,) = torch.autograd.grad(output.square().sum(), model.coef)
@@ -624,19 +644,27 @@ def test_a_module_with_other_weights_than_the_base_is_refused(name: str) -> None
         ak.ComposedModel(module, model.bank)
 
 
-def test_in_eval_mode_recorded_weights_serve_until_a_backward_uses_them() -> None:
+@pytest.mark.parametrize("train", [False, True])
+def test_recorded_weights_serve_any_number_of_backward_passes(train: bool) -> None:
     _, model = make_model()
     randomise(model)
-    model.eval()
+    model.train(train)
     first = model.weights()
-    assert model.weights() is first
+    assert all(weight is first[name] for name, weight in model.weights().items())
     gradients = []
-    for _ in range(2):
-        model.coef.grad = None
-        model(TOKENS).square().sum().backward()
-        gradients.append(model.coef.grad)
-        assert model.weights() is not first
+    with counted() as calls:
+        for _ in range(2):
+            model.coef.grad = None
+            model(TOKENS).square().sum().backward()
+            gradients.append(model.coef.grad)
+        for _ in range(2):
+            sums = sum((k + 1) * w.square().sum() for k, w in enumerate(first.values()))
+            gradients.append(torch.autograd.grad(sums, model.coef)[0])
+    assert calls["arena_compose"] == 0
     assert gradients[0].count_nonzero()
+    assert gradients[2].count_nonzero()
+    assert torch.equal(*gradients[2:])
+    gradients = gradients[:2]
     assert torch.equal(*gradients)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import sys
 import threading
 from typing import Any
@@ -10,10 +12,11 @@ import pytest
 import torch
 from strategies import same_bits
 from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
 
 import atlas_kernels as ak
 
-MEMORY = ("whole", "recompute")
+MEMORY = ("whole", "recompute", "stream")
 
 
 class Text(nn.Module):
@@ -38,26 +41,36 @@ class Text(nn.Module):
 TOKENS = torch.arange(7)
 
 
-def make(memory: Any, values: float = 0.5) -> tuple[ak.ComposedModel, nn.Module]:
-    """A composed model, and the plain module that it should be."""
+@pytest.fixture(scope="module")
+def bank(tmp_path_factory: pytest.TempPathFactory) -> ak.TaskVectorBank:
     torch.manual_seed(0)
     module = Text()
-    base = {name: p.detach().clone() for name, p in module.named_parameters()}
     vectors = [
-        ak.TaskVector({name: torch.randn_like(p) for name, p in base.items()}, name=f"v{i}")
-        for i in range(2)
+        ak.TaskVector({name: torch.randn_like(p) for name, p in module.named_parameters()}, name=n)
+        for n in "ab"
     ]
-    bank = ak.TaskVectorBank.from_task_vectors(module, vectors, codec="fp32")
+    path = tmp_path_factory.mktemp("bank") / "bank.safetensors"
+    return ak.TaskVectorBank.pack(path, module, vectors, codec="fp32")
+
+
+def make(
+    bank: ak.TaskVectorBank, memory: Any, values: float = 0.5
+) -> tuple[ak.ComposedModel, nn.Module]:
+    """A composed model, and the plain module that it should be."""
+    module = Text()
+    module.load_state_dict(bank.state_dict(torch.zeros(2)))
     model = ak.ComposedModel(module, bank, memory=memory).eval()
     with torch.no_grad():
         model.coef.fill_(values)
-    return model, model.merge().eval()
+    plain = Text()
+    plain.load_state_dict(bank.state_dict(model.coef.detach()))
+    return model, plain.eval()
 
 
 @pytest.mark.parametrize("memory", MEMORY)
 @pytest.mark.parametrize("gradients", [True, False])
-def test_every_entrance(memory: str, gradients: bool) -> None:
-    model, plain = make(memory)
+def test_every_entrance(bank: ak.TaskVectorBank, memory: str, gradients: bool) -> None:
+    model, plain = make(bank, memory)
     with torch.set_grad_enabled(gradients):
         # Before any forward pass of the model itself.
         assert same_bits(model.module.encode(TOKENS), plain.encode(TOKENS))
@@ -74,8 +87,8 @@ def test_every_entrance(memory: str, gradients: bool) -> None:
 
 
 @pytest.mark.parametrize("memory", MEMORY)
-def test_gradients_by_another_entrance(memory: str) -> None:
-    model, _ = make(memory)
+def test_gradients_by_another_entrance(bank: ak.TaskVectorBank, memory: str) -> None:
+    model, _ = make(bank, memory)
     for train in (False, True):
         model.train(train)
         gradients = []
@@ -88,8 +101,26 @@ def test_gradients_by_another_entrance(memory: str) -> None:
             assert torch.allclose(other, gradients[0], rtol=1e-5, atol=1e-5)
 
 
-def test_lists_of_parameters_show_the_base() -> None:
-    model, plain = make("whole")
+@pytest.mark.parametrize("memory", MEMORY)
+def test_gradients_of_a_part(bank: ak.TaskVectorBank, memory: str) -> None:
+    """Blocks that it does not use have none, though they share a bucket with its own."""
+    model, plain = make(bank, memory)
+    inputs = torch.randn(4, 5)
+    (found,) = torch.autograd.grad(model.module.tower(inputs).square().sum(), model.coef)
+    weights = bank.compose(model.coef)
+    tower = {
+        name.removeprefix("tower."): weight for name, weight in weights.items() if "tower" in name
+    }
+    output = functional_call(plain.tower, tower, (inputs,))
+    (expected,) = torch.autograd.grad(output.square().sum(), model.coef)
+    # The same products, summed in the same order.
+    assert torch.allclose(found, expected, rtol=1e-5, atol=1e-5)
+    unused = torch.tensor([not block.startswith("tower.") for block in bank.blocks])
+    assert torch.equal(found == 0, unused.expand(2, -1))
+
+
+def test_lists_of_parameters_show_the_base(bank: ak.TaskVectorBank) -> None:
+    model, plain = make(bank, "whole")
     base = model.bank.base
     assert all(same_bits(value, base[name]) for name, value in model.module.named_parameters())
     for name, value in model.module.state_dict().items():
@@ -123,47 +154,112 @@ def in_threads(count: int, work: Any) -> None:
         raise errors[0]
 
 
-def test_concurrent_evaluation() -> None:
-    model, plain = make("whole")
+@pytest.mark.parametrize("memory", MEMORY)
+def test_concurrent_evaluation(bank: ak.TaskVectorBank, memory: str) -> None:
+    """While another thread copies and merges the model."""
+    model, plain = make(bank, memory)
     expected = plain(TOKENS).detach()
     base = {name: value.clone() for name, value in model.module.state_dict().items()}
 
     def work(k: int) -> None:
-        for _ in range(100):
+        for _ in range(100 if memory == "whole" else 20):
             with torch.no_grad():
-                assert same_bits(model(TOKENS), expected)
+                if k:
+                    assert same_bits(model(TOKENS), expected)
+                    assert same_bits(model.module(TOKENS), expected)
+                else:
+                    assert same_bits(model.merge()(TOKENS), expected)
+                    assert same_bits(copy.deepcopy(model)(TOKENS), expected)
 
     in_threads(4, work)
     for name, value in model.module.state_dict().items():
         assert same_bits(value, base[name])
 
 
-def test_concurrent_training() -> None:
-    """Every thread has a graph of its own: no backward pass meets another's."""
-    model, _ = make("whole")
+@pytest.mark.parametrize("memory", MEMORY)
+def test_concurrent_training(bank: ak.TaskVectorBank, memory: str) -> None:
+    """Every thread has a graph of its own, whether or not it shares that of its own passes."""
+    model, _ = make(bank, memory)
     model.train()
     (expected,) = torch.autograd.grad(model(TOKENS).square().sum(), model.coef)
 
     def work(k: int) -> None:
-        for _ in range(25):
-            (gradient,) = torch.autograd.grad(model(TOKENS).square().sum(), model.coef)
-            assert torch.allclose(gradient, expected, rtol=1e-5, atol=1e-5)
+        for _ in range(25 if memory == "whole" else 5):
+            with model.composed_once() if k % 2 else contextlib.nullcontext():
+                outputs = [model(TOKENS), model.module(TOKENS)]
+                loss = sum(output.square().sum() for output in outputs)
+                (gradient,) = torch.autograd.grad(loss, model.coef)
+            assert torch.allclose(gradient, 2 * expected, rtol=1e-5, atol=1e-5)
 
     in_threads(4, work)
 
 
+def test_accumulating_in_one_thread_is_nothing_to_another(bank: ak.TaskVectorBank) -> None:
+    model, _ = make(bank, "whole")
+    (expected,) = torch.autograd.grad(model(TOKENS).square().sum(), model.coef)
+    with model.composed_once(accumulate=True):
+        for run in (model, model.module.forward):
+            run(TOKENS).square().sum().backward()
+
+        def work(k: int) -> None:
+            (gradient,) = torch.autograd.grad(model(TOKENS).square().sum(), model.coef)
+            assert torch.allclose(gradient, expected, rtol=1e-5, atol=1e-5)
+
+        in_threads(1, work)
+        assert model.coef.grad is None
+    assert torch.allclose(model.coef.grad, 2 * expected, rtol=1e-5, atol=1e-5)
+
+
+def test_models_that_share_a_module_do_not_run_at_once(bank: ak.TaskVectorBank) -> None:
+    first, plain = make(bank, "whole")
+    second = ak.ComposedModel(first.module, bank, memory="recompute")
+    inside, go_on = threading.Event(), threading.Event()
+
+    def wait(*_: Any) -> None:
+        inside.set()
+        go_on.wait(10)
+
+    handle = first.module.tower.register_forward_pre_hook(wait)
+    outputs = []
+    thread = threading.Thread(target=lambda: outputs.append(first(TOKENS)))
+    thread.start()
+    inside.wait(10)
+    try:
+        for other in (second, lambda _: ak.ComposedModel(first.module, bank)):
+            with pytest.raises(RuntimeError, match=r"take turns: give .* a copy of the module"):
+                other(TOKENS)
+    finally:
+        go_on.set()
+        thread.join()
+    handle.remove()
+    assert same_bits(outputs[0], plain(TOKENS))
+    # Afterwards they take turns again.
+    assert not same_bits(second(TOKENS), outputs[0])
+    assert same_bits(first(TOKENS), outputs[0])
+
+
 @pytest.mark.parametrize("memory", MEMORY)
-def test_an_interrupt_at_any_line_leaves_the_module_as_it_was(memory: str) -> None:
-    model, plain = make(memory)
+@pytest.mark.parametrize("gradients", [False, True])
+def test_an_interrupt_at_any_line_leaves_the_module_as_it_was(
+    bank: ak.TaskVectorBank, memory: str, gradients: bool
+) -> None:
+    model, plain = make(bank, memory)
     expected = plain(TOKENS).detach()
     base = {name: value.clone() for name, value in model.module.state_dict().items()}
-    interrupted = 0
-    for after in range(0, 400, 3):
+    (gradient,) = torch.autograd.grad(model(TOKENS).square().sum(), model.coef)
+
+    def work() -> None:
+        with torch.set_grad_enabled(gradients), model.composed_once(accumulate=gradients):
+            output = model(TOKENS)
+            if gradients:
+                output.square().sum().backward()
+
+    def interrupted(after: int) -> bool:
         lines = 0
 
-        def trace(frame: Any, event: str, argument: Any, after: int = after) -> Any:
+        def trace(frame: Any, event: str, argument: Any) -> Any:
             nonlocal lines
-            if "atlas_kernels" not in frame.f_code.co_filename:
+            if "atlas_kernels/models" not in frame.f_code.co_filename:
                 return None
             if event == "line":
                 lines += 1
@@ -172,23 +268,58 @@ def test_an_interrupt_at_any_line_leaves_the_module_as_it_was(memory: str) -> No
             return trace
 
         with torch.no_grad():
+            # Composes anew.
             model.coef.fill_(0.5)
-            sys.settrace(trace)
-            try:
-                model(TOKENS)
-            except KeyboardInterrupt:
-                interrupted += 1
-            finally:
-                sys.settrace(None)
+        sys.settrace(trace)
+        try:
+            work()
+        except KeyboardInterrupt:
+            return True
+        finally:
+            sys.settrace(None)
+        return False
+
+    def all_lines(_: int) -> None:
+        after = 0
+        while interrupted(after):
             for name, value in model.module.state_dict().items():
                 assert same_bits(value, base[name])
-            assert same_bits(model(TOKENS), expected)
-            assert same_bits(model.module(TOKENS), expected)
-    assert interrupted > 10
+            with torch.no_grad():
+                assert same_bits(model.module(TOKENS), expected)
+                assert same_bits(model(TOKENS), expected)
+            (again,) = torch.autograd.grad(model(TOKENS).square().sum(), model.coef)
+            assert torch.allclose(again, gradient, rtol=1e-5, atol=1e-5)
+            after += 5
+        assert after > 50
+
+    # An interrupt between the end of a `with` block and its exit leaves PyTorch's own hooks for
+    # saved tensors behind. They do no harm to these passes, and end with their thread.
+    in_threads(1, all_lines)
 
 
-def test_models_take_turns_on_one_module() -> None:
-    first, plain = make("whole")
+def test_function_transforms(bank: ak.TaskVectorBank) -> None:
+    model, plain = make(bank, "whole")
+    model.train()
+    inputs = torch.randn(4, 5)
+    (expected,) = torch.autograd.grad(model(TOKENS).square().sum(), model.coef)
+
+    def loss(coef: Tensor) -> Tensor:
+        output: Tensor = functional_call(model, {"coef": coef}, (TOKENS,))
+        return output.square().sum()
+
+    found = vmap(grad(loss))(model.coef.detach().expand(2, -1, -1))
+    assert torch.allclose(found, expected.expand(2, -1, -1), rtol=1e-5, atol=1e-5)
+    # Of the inputs, with coefficients that require gradients.
+    tower = model.module.tower
+    assert torch.allclose(vmap(tower)(inputs), plain.tower(inputs), atol=1e-5)
+    found, wanted = (
+        grad(lambda x, part=part: part(x).square().sum())(inputs) for part in (tower, plain.tower)
+    )
+    assert torch.allclose(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_models_take_turns_on_one_module(bank: ak.TaskVectorBank) -> None:
+    first, plain = make(bank, "whole")
     second = ak.ComposedModel(first.module, first.bank)
     with torch.no_grad():
         base = second(TOKENS)

@@ -109,18 +109,20 @@ def test_low_rank_vectors(codec: str, tmp_path: Path) -> None:
 def test_peak_of_a_step(memory: str, tmp_path: Path) -> None:
     """Counted tensors lie below the prediction, and by no more than what it rounds up to.
 
-    In "whole" gradients grow while activations go: their sum is less than both together, by at most
-    the gradients. In the others, two blocks and a gradient are counted in full, though a Linear
-    holds one block and one gradient. Small tensors (biases, loss, coefficients) come to less than
-    64 KiB.
+    In "whole" all blocks share one bucket: gradients grow while activations go, so their sum is
+    less than both together, by at most the gradients. In the others, two blocks and a gradient are
+    counted in full, though a Linear holds one block and one gradient. Small tensors (biases, loss,
+    coefficients) come to less than 64 KiB.
     """
     module = deep()
     bank = packed(module, 3, tmp_path / "bank.safetensors", "bf16")
     images = torch.randn(64, 96)
     its = ak.plan(module, 3, memory=memory, activations=activation_bytes(module, [images]))
     model = ak.ComposedModel(module, bank, memory=memory)
-    # The first step opens the file.
+    # The first step opens the file; what it composed goes when the coefficients change.
     model(images)
+    with torch.no_grad():
+        model.coef.add_(0.5)
     with PeakMemory() as counted, model.composed_once():
         model(images).sum().backward()
     # The base, and the bank or what is read ahead of it.

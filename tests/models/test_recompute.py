@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 import atlas_kernels as ak
 from atlas_kernels.bank.stream import Stream
+from atlas_kernels.files import FileFormatError
 from atlas_kernels.models.live_memory import PeakMemory
 from atlas_kernels.models.recompute import ResidentBlocks
 from atlas_kernels.tasks.embedded.model import load_model
@@ -148,10 +149,14 @@ def models(module: nn.Module, count: int = 3, **options: Any) -> list[ak.Compose
     return made
 
 
+def loss_of(output: Tensor) -> Tensor:
+    factors = torch.linspace(0.5, 1.5, output.numel()).view_as(output)
+    return (output.float() * factors).square().sum()
+
+
 def step(model: ak.ComposedModel, *inputs: Tensor) -> tuple[Tensor, Tensor]:
     """A loss that no symmetry makes zero, and its gradient."""
-    output = model(*inputs).float()
-    loss = (output * torch.linspace(0.5, 1.5, output.numel()).view_as(output)).square().sum()
+    loss = loss_of(model(*inputs))
     (gradient,) = torch.autograd.grad(loss, model.coef)
     return loss.detach(), gradient
 
@@ -167,15 +172,21 @@ def assert_close(gradient: Tensor, expected: Tensor) -> None:
 @pytest.mark.parametrize("granularity", ["block", "task", "partition"])
 @pytest.mark.parametrize("name", MODULES)
 def test_losses_and_gradients_are_those_of_whole(name: str, granularity: str) -> None:
+    """And those of `functional_call` on what the bank composes."""
     make, inputs = MODULES[name]
-    whole, recompute = models(make(), granularity=granularity)
+    plain = make()
+    whole, recompute = models(plain, granularity=granularity)
     x = inputs()
     for train in (True, False):
-        whole.train(train), recompute.train(train)
+        whole.train(train), recompute.train(train), plain.train(train)
         loss, expected = step(whole, x)
         again, gradient = step(recompute, x)
         assert same_bits(loss, again)
         assert_close(gradient, expected)
+        weights = whole.bank.compose(whole.coef, seed=whole.seed)
+        loss = loss_of(functional_call(plain, weights, (x,)))
+        assert same_bits(loss, again)
+        assert_close(gradient, torch.autograd.grad(loss, whole.coef)[0])
         for buffer, other in zip(whole.buffers(), recompute.buffers(), strict=True):
             assert torch.equal(buffer, other)
     assert all(map(same_bits, step(recompute, x), step(recompute, x)))
@@ -313,7 +324,8 @@ def test_accumulated_gradients_take_one_composition_backward(memory: int, granul
     whole = model.memory == "whole"
     assert calls["arena_coef_grad"] == (1 if whole else len(model.bank.blocks))
     if whole:
-        assert calls["arena_compose"] == 1
+        # The steps before have composed these weights.
+        assert calls["arena_compose"] == 0
     assert_close(model.coef.grad, expected)
     # An exception drops what has come so far.
     model.coef.grad = None
@@ -454,8 +466,9 @@ class OtherUses(nn.Module):
         return torch.cat([signal, rows @ table.t(), parts], dim=1)
 
 
-def test_other_uses_than_plain_ones() -> None:
-    _, model = models(OtherUses())
+@pytest.mark.parametrize("memory", [0, 1])
+def test_other_uses_than_plain_ones(memory: int) -> None:
+    model = models(OtherUses())[memory]
     x = torch.randn(3, 6, requires_grad=True)
     # With clones, because a block of an arena must not be changed in place.
     weights = {name: w.clone() for name, w in model.bank.compose(model.coef).items()}
@@ -487,7 +500,8 @@ def deep_stack(width: int, depth: int) -> nn.Module:
 
 
 def test_peak_memory() -> None:
-    width, depth, batch = 256, 12, 4
+    # Blocks of 1 MiB, none of which shares a bucket with another.
+    width, depth, batch = 512, 12, 4
     whole, recompute = models(deep_stack(width, depth))
     x = torch.randn(batch, width)
     block, activation = 4 * width**2, 4 * batch * width
@@ -502,17 +516,23 @@ def test_peak_memory() -> None:
                 else:
                     model(x).square().sum().backward()
             peaks[model.memory, accumulate] = memory.peak
-            assert memory.live < block
+            # "whole" keeps what it composed until the coefficients change.
+            kept = weights + 4 * depth * width if model is whole else 0
+            assert memory.live < kept + block
             model.coef.grad = None
-    assert peaks["whole", False] >= 2 * weights
+            model._source.forget()
     # Alive in a layer's backward: a composed matrix, its gradient, the activations (two per layer
     # at most: the output, its gradient, the loss's square), the biases with their gradients.
     # The third block is for what an operation of PyTorch may copy.
     bound = 3 * block + 2 * (depth + 2) * activation
     assert bound < weights / 3
     assert peaks["recompute", False] <= bound
+    # No model of gradients is ever alive.
+    small = 8 * depth * width
+    assert weights + block <= peaks["whole", False] <= weights + small + bound
     # The sums of gradients stay until the context ends.
-    assert weights <= peaks["recompute", True] <= weights + 8 * depth * width + bound
+    assert weights <= peaks["recompute", True] <= weights + small + bound
+    assert 2 * weights <= peaks["whole", True] <= 2 * weights + small + bound
     with torch.no_grad(), PeakMemory() as memory:
         recompute(x)
     assert memory.peak <= 2 * block + 2 * (depth + 2) * activation
@@ -522,7 +542,7 @@ def test_the_weights_of_an_rnn_do_not_outlive_the_pass() -> None:
     for model in models(Recurrent()):
         with torch.no_grad(), PeakMemory() as memory:
             output = model.train()(torch.randn(4, 2, 5))
-            model._end_composition()
+            model._source.forget()
             # Two states of two layers come with the output; the weights have 14,000 bytes.
             assert memory.live <= output.nbytes + 1024
         copy.deepcopy(model)
@@ -598,6 +618,21 @@ def make_like(module: nn.Module, state: dict[str, Tensor]) -> nn.Module:
     fresh = type(module)().train(module.training)
     fresh.load_state_dict(state)
     return fresh
+
+
+@pytest.mark.parametrize("memory", ["whole", "recompute"])
+def test_a_mapped_bank_that_is_overwritten_in_place_is_noticed(memory: Any, tmp_path: Path) -> None:
+    module, path = Tied(), tmp_path / "bank.safetensors"
+    bank_of(module).save(path)
+    model = ak.ComposedModel(module, ak.TaskVectorBank.load(path), memory=memory)
+    loss = model(torch.arange(9)).square().sum()
+    path.write_bytes(path.read_bytes())
+    with pytest.raises(FileFormatError, match="overwritten in place"):
+        loss.backward()
+    with torch.no_grad():
+        model.coef.add_(1)
+    with pytest.raises(FileFormatError, match="overwritten in place"):
+        model(torch.arange(9))
 
 
 def test_models_that_take_turns_on_one_module() -> None:
