@@ -143,27 +143,17 @@ class Pass:
         if value is None:
             # Before another one is made, so that it takes no more memory than a use does.
             self.last = None
-            if _modes(self._coef) == self._modes:
-                value, shared = self._compose(name)
-            else:
-                # Like a parameter, which is the same whatever mode the module reads it in.
-                records, inference = self._modes
-                with torch.inference_mode(inference), torch.set_grad_enabled(records):
-                    value, shared = self._compose(name)
-            if not shared:
-                return value
+            records, inference = self._modes
+            # Like a parameter, which is the same whatever mode the module reads it in.
+            with torch.inference_mode(inference), torch.set_grad_enabled(records):
+                if records and name in self._mode.bank.products:
+                    # Not shared: a backward pass uses up the graph of a product.
+                    return self._product(name)
+                compose = partial(self._snapshot.compose, name)
+                value = _Use.apply(self._token(name), compose) if records else compose()
             self._live[name] = value
         self.last = value
         return value
-
-    def _compose(self, name: str) -> tuple[Tensor, bool]:
-        """The weight, and whether it serves every use."""
-        records, _ = self._modes
-        if records and name in self._mode.bank.products:
-            # A backward pass uses up the graph of a product.
-            return self._product(name), False
-        compose = partial(self._snapshot.compose, name)
-        return (_Use.apply(self._token(name), compose) if records else compose()), True
 
     def _product(self, name: str) -> Tensor:
         bank = self._mode.bank
