@@ -109,8 +109,10 @@ def status(key: str) -> int:
 def learning_step(model: ak.ComposedModel, images: Tensor) -> Tensor:
     """The gradient of the coefficients in one step of learning."""
     model.coef.grad = None
-    with model.composed_once():
-        model(images).square().mean().backward()
+    with torch.no_grad():
+        # As after an optimiser's step: weights are kept only while the coefficients stay.
+        model.coef.add_(0)
+    model(images).square().mean().backward()
     assert model.coef.grad is not None
     return model.coef.grad
 

@@ -46,6 +46,9 @@ def step_cost(setting: Setting[Any], *, repeats: int = 15) -> dict[str, Any]:
     base = list(bank.base.values())
 
     def fused() -> Tensor:
+        with torch.no_grad():
+            # As after an optimiser's step: weights are kept only while the coefficients stay.
+            coef.add_(0)
         return torch.autograd.grad(cross_entropy(model(images), labels), coef)[0]
 
     plain = setting.classifier(setting.space.encoder().requires_grad_(False)).train()

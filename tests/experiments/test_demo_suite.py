@@ -12,7 +12,6 @@ pytest.importorskip("open_clip")
 pytest.importorskip("matplotlib")
 
 from atlas_kernels import cli
-from atlas_kernels.bank.task_vector_bank import TaskVectorBank
 from atlas_kernels.cli import demo as command
 from atlas_kernels.experiments import suite as suite_module
 from atlas_kernels.experiments.config import Cell, Run, Suite, checked
@@ -26,6 +25,7 @@ from atlas_kernels.experiments.workspace import EmbeddedWorkspace
 from atlas_kernels.files.state_dicts import read_state_dict
 from atlas_kernels.files.tensors import read_tensors
 from atlas_kernels.learn.few_shot import classify
+from atlas_kernels.models.passes import Bucket
 from atlas_kernels.report import demo as report
 from atlas_kernels.report import plots
 from atlas_kernels.tasks.clip.model import ImageClassifier
@@ -354,10 +354,8 @@ def pairs(targets: tuple[str, ...]) -> list[tuple[str, int]]:
 
 
 def test_step_cost_refuses_steps_that_disagree(block, monkeypatch) -> None:
-    real = TaskVectorBank.compose
-    monkeypatch.setattr(
-        TaskVectorBank, "compose", lambda bank, coef, **k: real(bank, 1.1 * coef, **k)
-    )
+    real = Bucket.coef_grad
+    monkeypatch.setattr(Bucket, "coef_grad", lambda bucket, grads: 1.1 * real(bucket, grads))
     few = block.run.model_copy(update={"sources": ("mnist-inverted", "digits-clean")})
     with pytest.raises(RuntimeError, match="disagree"):
         step_cost(Setting(block.space, few), repeats=2)

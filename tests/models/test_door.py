@@ -277,6 +277,7 @@ def test_an_interrupt_at_any_line_leaves_the_module_as_it_was(
             return True
         finally:
             sys.settrace(None)
+            torch.set_grad_enabled(True)
         return False
 
     def all_lines(_: int) -> None:
@@ -292,8 +293,8 @@ def test_an_interrupt_at_any_line_leaves_the_module_as_it_was(
             after += 5
         assert after > 50
 
-    # An interrupt between the end of a `with` block and its exit leaves PyTorch's own hooks for
-    # saved tensors behind. They do no harm to these passes, and end with their thread.
+    # An interrupt between the end of a `with` block and its exit leaves PyTorch's own modes behind.
+    # Hooks for saved tensors do no harm to these passes, and end with their thread.
     in_threads(1, all_lines)
 
 
