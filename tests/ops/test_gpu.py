@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -342,6 +343,76 @@ def test_models_learn_on_the_gpu_as_on_the_cpu(
         # through a normalisation: thousands of roundings at most, of the largest gradient.
         assert abs(loss - exact) <= 1000 * EPS * exact.abs()
         assert (grad - its).abs().max() <= 3000 * EPS * its.abs().max()
+
+
+def small_model(memory: Any) -> tuple[ak.ComposedModel, Tensor]:
+    """A perceptron on the GPU with three task vectors, and its inputs."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(64, 48), nn.GELU(), nn.LayerNorm(48), nn.Linear(48, 10))
+    vectors = [
+        ak.TaskVector({name: 0.05 * torch.randn_like(p) for name, p in module.named_parameters()})
+        for _ in range(3)
+    ]
+    bank = ak.TaskVectorBank.from_task_vectors(module, vectors)
+    bank = bank.to(GPU, deltas=memory != "stream")
+    model = ak.ComposedModel(module.to(GPU), bank, memory=memory)
+    return model, torch.randn(32, 64, device=GPU)
+
+
+@pytest.mark.parametrize("memory", ["whole", "recompute", "stream"])
+def test_threads_share_a_model(memory: Any) -> None:
+    model, inputs = small_model(memory)
+    with torch.no_grad():
+        base = model(inputs)
+        model.coef += 0.3
+        expected = model(inputs)
+    assert not torch.equal(base, expected)
+    found: list[Tensor] = []
+    threads = [
+        threading.Thread(target=lambda: found.extend(model(inputs) for _ in range(10)))
+        for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 40
+    assert all(torch.equal(output, expected) for output in found)
+
+
+def test_a_graph_of_a_whole_learning_step() -> None:
+    """Forward, loss, backward and optimiser, captured once and replayed."""
+    pairs = []
+    for _ in range(2):
+        model, inputs = small_model("whole")
+        model.coef.grad = torch.zeros_like(model.coef)
+        pairs.append((model, torch.optim.AdamW([model.coef], lr=1e-2, capturable=True)))
+
+    def step(model: ak.ComposedModel, optimizer: torch.optim.Optimizer) -> Tensor:
+        optimizer.zero_grad(set_to_none=False)
+        loss = model(inputs).square().mean()
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        for _ in range(3):
+            step(*pairs[0])
+    torch.cuda.current_stream().wait_stream(aside)
+    for _ in range(3):
+        step(*pairs[1])
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step(*pairs[0])
+    seen = set()
+    for _ in range(4):
+        graph.replay()
+        assert torch.equal(captured, step(*pairs[1]))
+        assert torch.equal(pairs[0][0].coef, pairs[1][0].coef)
+        seen.add(captured.item())
+    assert len(seen) == 4
 
 
 def test_a_bank_moves_between_devices() -> None:
