@@ -16,7 +16,7 @@ from functools import partial
 from itertools import pairwise
 from math import prod
 from typing import Any, Protocol
-from weakref import WeakValueDictionary
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -124,7 +124,8 @@ class Pass:
         self.hooks = self._snapshot.hooks
         self._columns: tuple[Tensor, ...] = ()
         self._tokens: dict[str, Tensor] = {}
-        self._live: WeakValueDictionary[str, Tensor] = WeakValueDictionary()
+        # Not a WeakValueDictionary: an interrupt that falls into its callbacks is lost.
+        self._live: dict[str, ref[Tensor]] = {}
         # Kept alive until another weight is asked for: modules such as nn.MultiheadAttention look
         # at a weight several times before they use it.
         self.last: Tensor | None = None
@@ -139,7 +140,8 @@ class Pass:
 
     def weight(self, name: str) -> Tensor:
         """The composed weight, shared while it is alive; part of the graph if the pass records."""
-        value = self._live.get(name)
+        live = self._live.get(name)
+        value = live() if live else None
         if value is None:
             # Before another one is made, so that it takes no more memory than a use does.
             self.last = None
@@ -151,7 +153,7 @@ class Pass:
                     return self._product(name)
                 compose = partial(self._snapshot.compose, name)
                 value = _Use.apply(self._token(name), compose) if records else compose()
-            self._live[name] = value
+            self._live[name] = ref(value)
         self.last = value
         return value
 
