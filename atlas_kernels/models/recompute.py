@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from math import prod
 from typing import Any, Protocol
-from weakref import WeakKeyDictionary, WeakValueDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor
@@ -115,7 +115,8 @@ class _Snapshot:
         self._storages: WeakKeyDictionary[torch.UntypedStorage, tuple[str, torch.dtype, int]] = (
             WeakKeyDictionary()
         )
-        self._again: WeakValueDictionary[str, Tensor] = WeakValueDictionary()
+        # Plain references, as in `passes.Pass`.
+        self._again: dict[str, ref[Tensor]] = {}
 
     def compose(self, name: str, /) -> Tensor:
         """See `passes.Snapshot`."""
@@ -143,10 +144,11 @@ class _Snapshot:
     def _unpack(self, saved: Any) -> Tensor:
         if isinstance(saved, _Note):
             with torch.no_grad():
-                block = self._again.get(saved.name)
+                again = self._again.get(saved.name)
+                block = again() if again else None
                 if block is None:
                     block = self.compose(saved.name)
-                    self._again[saved.name] = block
+                    self._again[saved.name] = ref(block)
                 return block.as_strided(saved.size, saved.stride, saved.offset)
         tensor: Tensor
         tensor, version = saved
