@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +51,7 @@ class Source:
         if torch.compiler.is_compiling() and self._traced is not None:
             return self._traced.weight(name)
         local = self._local
-        if parameter is not None and local.copies:
+        if parameter is not None and _alive(local.copying):
             return parameter
         running = local.running
         # An interrupt may have left it behind.
@@ -78,7 +79,7 @@ class Source:
                 self._traced = None
             return
         local, thread = self._local, threading.get_ident()
-        current = self._between() if local.shared else self._new_pass()
+        current = self._between() if _alive(local.shared) else self._new_pass()
         try:
             # First, so that no other model takes the module from here on.
             self._busy.add(thread)
@@ -97,23 +98,25 @@ class Source:
         Args:
             accumulate: whether gradients stop at the blocks, and go on at the end.
         """
-        local, sums = self._local, _Sums() if accumulate else None
-        local.kept, local.shared, local.cut = None, True, sums.cut if sums else None
+        local, shared = self._local, _Kept(_Sums() if accumulate else None)
+        local.between.current = None
+        local.shared = ref(shared)
         try:
             yield
-            if sums:
-                sums.send()
+            if shared.sums:
+                shared.sums.send()
         finally:
-            local.kept, local.shared, local.cut = None, False, None
+            local.shared = None
 
     @contextmanager
     def copying(self) -> Iterator[None]:
         """Inside, this thread finds the parameters themselves: some modules look when copied."""
-        self._local.copies = True
+        local, copying = self._local, _Kept()
+        local.copying = ref(copying)
         try:
             yield
         finally:
-            self._local.copies = False
+            local.copying = None
 
     def forget(self) -> None:
         """Drops what is kept between passes."""
@@ -134,37 +137,58 @@ class Source:
                 install(self._module, self._mode.bank.weights, self)
 
     def _between(self) -> Pass | Recorded:
-        local, coef = self._local, self._coef()
+        coef, kept = self._coef(), _alive(self._local.shared) or self._local.between
         if in_transform():
             return self._new_pass()
-        if local.kept is None or not local.kept.serves(coef):
+        if kept.current is None or not kept.current.serves(coef):
             # Dropped first, with what it holds.
-            local.kept = None
-            local.kept = self._new_pass()
-        return local.kept
+            kept.current = None
+            kept.current = self._new_pass()
+        return kept.current
 
     def _new_pass(self) -> Pass | Recorded:
         if in_transform() and isinstance(self._mode, Whole):
             return Recorded(self._mode.compose(self._coef()))
-        return Pass(self._mode, self._coef(), self._local.cut)
+        shared = _alive(self._local.shared)
+        return Pass(self._mode, self._coef(), shared.sums.cut if shared and shared.sums else None)
+
+
+class _Kept:
+    """Holds the pass of one time.
+
+    Attributes:
+        current: the pass.
+        sums: of the gradients of that time, if they are summed.
+    """
+
+    def __init__(self, sums: _Sums | None = None) -> None:
+        self.current: Pass | Recorded | None = None
+        self.sums = sums
 
 
 class _Local(threading.local):
     """A thread's own.
 
+    What a `with` block brings is held by the block alone: it ends with it, also where an interrupt
+    falls into the block's very end and keeps it from being taken back.
+
     Attributes:
         running: the forward pass.
-        kept: the pass between forward passes, and of those that share one.
-        shared: whether they do.
-        cut: what takes their graph apart, see `Pass`.
-        copies: whether modules are copied.
+        between: the pass between forward passes.
+        shared: the pass that forward passes share.
+        copying: alive while modules are copied.
     """
 
     running: Pass | Recorded | None = None
-    kept: Pass | Recorded | None = None
-    shared = False
-    cut: Callable[[Tensor], Tensor] | None = None
-    copies = False
+    shared: ref[_Kept] | None = None
+    copying: ref[_Kept] | None = None
+
+    def __init__(self) -> None:
+        self.between = _Kept()
+
+
+def _alive(holder: ref[_Kept] | None) -> _Kept | None:
+    return holder() if holder else None
 
 
 class _Sums:
