@@ -3,6 +3,7 @@
 Stands on `vectors`, `files` and `ops`; used by `models` and above.
 """
 
+from .blocks import BUCKET, parts
 from .building import Patterns, check_dtype, chosen, split_base
 from .factorwise import factor_names, multiply
 from .low_rank_segment import LowRankSegment
@@ -11,6 +12,7 @@ from .stream import SLOTS, Stream, check_streamable, open_direct
 from .task_vector_bank import TaskVectorBank
 
 __all__ = [
+    "BUCKET",
     "CHUNK",
     "SLOTS",
     "LowRankSegment",
@@ -24,5 +26,6 @@ __all__ = [
     "factor_names",
     "multiply",
     "open_direct",
+    "parts",
     "split_base",
 ]

@@ -14,6 +14,7 @@ from ..ops import (
     CHUNK_TILES,
     TILE,
     Codec,
+    Composition,
     Layout,
     compose_with,
     dots_with,
@@ -208,10 +209,9 @@ class LowRankSegment:
         Differentiable (twice) in coef. The products are PyTorch's own, whatever the backend, which
         only has to exist. With a tile_key they are formed a few tiles at a time.
         """
-        resolve(backend, self.base.device.type, False)
         coef = per_block(coef.to(torch.float32), len(self.columns))
         groups = coef.shape[2] if coef.dim() == 3 else 0
-        return compose_with(_LowRankComposition(self, tile_key, groups), coef, self.base)
+        return compose_with(self.composition(backend, tile_key, groups), coef, self.base)
 
     def coef_grad(
         self,
@@ -224,8 +224,12 @@ class LowRankSegment:
 
         Differentiable in it.
         """
+        return dots_with(self.composition(backend, tile_key, groups), grad)
+
+    def composition(self, backend: str, tile_key: Tensor | None, groups: int) -> Composition:
+        """What is differentiated: with a tile_key for K groups."""
         resolve(backend, self.base.device.type, False)
-        return dots_with(_LowRankComposition(self, tile_key, groups), grad)
+        return _LowRankComposition(self, tile_key, groups)
 
     def blocks(self) -> list[LowRankSegment]:
         """Every block as a segment of its own."""

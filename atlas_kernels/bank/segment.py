@@ -107,7 +107,7 @@ class Segment:
         """
         coef = per_block(coef.to(torch.float32), len(self.columns))
         groups = coef.shape[2] if coef.dim() == 3 else 0
-        return compose_with(self._composition(backend, tile_key, groups), coef, self.base)
+        return compose_with(self.composition(backend, tile_key, groups), coef, self.base)
 
     def coef_grad(
         self,
@@ -120,9 +120,10 @@ class Segment:
 
         Differentiable in it.
         """
-        return dots_with(self._composition(backend, tile_key, groups), grad)
+        return dots_with(self.composition(backend, tile_key, groups), grad)
 
-    def _composition(self, backend: str, tile_key: Tensor | None, groups: int) -> Composition:
+    def composition(self, backend: str, tile_key: Tensor | None, groups: int) -> Composition:
+        """What is differentiated: with a tile_key for K groups."""
         backend = resolve(backend, self.base.device.type, False)
         tables = self.layout.tables
         arena = Arena(self.deltas, self.scales, self.codec.bits, *tables, tile_key)

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from ..files import Origin, digest, map_tensors, parsed, parts_of, write_mapped, write_tensors
-from ..ops import check_coef, codec_named, tile_keys
+from ..ops import check_coef, codec_named, compose_blocks_with, per_block, tile_keys
 from ..vectors import TaskVector
+from .blocks import Blocks
 from .building import Lora, Packing, Patterns
 from .factorwise import factor_names, multiply
 from .header import BankHeader
@@ -90,6 +91,7 @@ class TaskVectorBank:
             for column in columns:
                 codecs[column] = codec
         self.segments = tuple(segments)
+        self._blocks = tuple(map(Blocks, self.segments))
         self.codecs = tuple(codecs)
         self._keys: dict[int, list[Tensor]] = {}
         self.products: dict[str, float] = fields.get("products", {})
@@ -258,7 +260,7 @@ class TaskVectorBank:
             TypeError, ValueError: ``coef`` does not fit the bank.
             BackendUnavailableError: the backend asked for cannot run here.
         """
-        composed = self._of_segments(self.segments, coef, backend, seed)
+        composed = self._of_segments(coef, backend, seed, based=True)
         if not self.products:
             return composed
         weights = multiply(composed, self.constants, self.products)
@@ -286,8 +288,7 @@ class TaskVectorBank:
                 "weights of this bank are products of blocks (lora='factorwise'), which are not "
                 "linear in coef: pack it with lora='product'"
             )
-        segments = [replace(s, base=torch.zeros_like(s.base)) for s in self.segments]
-        return self._of_segments(segments, coef, backend, seed)
+        return self._of_segments(coef, backend, seed, based=False)
 
     def state_dict(self, coef: Tensor, *, seed: int = 0) -> dict[str, Tensor]:
         """The complete composed state dict: composed blocks, constants and tied names.
@@ -370,23 +371,24 @@ class TaskVectorBank:
         guarded = [name for name in tensors if name.startswith(_GUARDED)]
         write_tensors(path, tensors, _KIND, guarded, **self.fields)
 
-    def _of_segments(
-        self, segments: Sequence[Segment | LowRankSegment], coef: Tensor, backend: str, seed: int
-    ) -> dict[str, Tensor]:
-        """The blocks that segments like the bank's own compose, in the bank's order."""
+    def _of_segments(self, coef: Tensor, backend: str, seed: int, based: bool) -> dict[str, Tensor]:
+        """The blocks that the segments compose, with the base or without, in the bank's order."""
         check_coef(coef, len(self.names), len(self.blocks), self.device, partitions=True)
         self.check_unchanged()
         # Here, so that a gradient from several segments is summed before it is rounded.
         coef = coef.to(torch.float32)
+        groups = coef.shape[2] if coef.dim() == 3 else 0
         composed: dict[str, Tensor] = {}
-        keys = self._tile_keys(seed) if coef.dim() == 3 else [None] * len(segments)
-        for segment, key in zip(segments, keys, strict=True):
-            whole = coef.dim() == 1 or len(segments) == 1
+        keys = self._tile_keys(seed) if groups else [None] * len(self.segments)
+        for segment, blocks, key in zip(self.segments, self._blocks, keys, strict=True):
+            whole = coef.dim() == 1 or len(self.segments) == 1
             part = coef if whole else coef.index_select(1, segment.index)
-            flat = segment.compose(part, backend, key)
+            part = per_block(part, len(segment.columns))
             members = (self.blocks[j] for j in segment.columns)
-            composed |= zip(members, segment.layout.split(flat), strict=True)
-        return composed if len(segments) == 1 else {block: composed[block] for block in self.blocks}
+            composition = blocks.with_coef(len(self.names), backend, key, groups)
+            composed |= zip(members, compose_blocks_with(composition, part, based), strict=True)
+        whole = len(self.segments) == 1
+        return composed if whole else {block: composed[block] for block in self.blocks}
 
     def _tile_keys(self, seed: int) -> list[Tensor]:
         """Every segment's, made once."""

@@ -13,16 +13,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
-from math import prod
 from typing import Any, Protocol
 from weakref import ref
 
 import torch
 from torch import Tensor
 
-from ..bank import LowRankSegment, Segment, TaskVectorBank, factor_names, multiply
-from ..ops import per_block
+from ..bank import LowRankSegment, Segment, TaskVectorBank, factor_names, multiply, parts
+from ..ops import Layout, per_block
 
 
 @dataclass(frozen=True)
@@ -32,8 +30,7 @@ class Bucket:
     Attributes:
         names: of the blocks.
         columns: their places in the bank.
-        shapes: of the blocks.
-        lengths: in elements, with padding.
+        layout: of their gradients.
         like: any tensor of their dtype and device.
         reduce: their gradients, flat and with padding, to those of their coefficients (N, k) or
             (N, k, K); differentiable.
@@ -41,19 +38,13 @@ class Bucket:
 
     names: tuple[str, ...]
     columns: tuple[int, ...]
-    shapes: tuple[tuple[int, ...], ...]
-    lengths: tuple[int, ...]
+    layout: Layout
     like: Tensor
     reduce: Callable[[Tensor], Tensor]
 
     def coef_grad(self, grads: Sequence[Tensor | None]) -> Tensor:
         """The gradient of the coefficients, for that of every block that has one."""
-        pieces = []
-        for grad, shape, length in zip(grads, self.shapes, self.lengths, strict=True):
-            flat = [] if grad is None else [grad.reshape(-1)]
-            missing = length if grad is None else length - prod(shape)
-            pieces += [*flat, self.like.new_zeros(missing)] if missing else flat
-        return self.reduce(pieces[0] if len(pieces) == 1 else torch.cat(pieces))
+        return self.reduce(self.layout.join(grads, self.like))
 
 
 def buckets(
@@ -63,22 +54,9 @@ def buckets(
 ) -> Iterator[Bucket]:
     """All blocks: one by one, or as many neighbours as have no more than ``limit`` bytes."""
     for segment in bank.segments:
-        offsets, size = segment.layout.offsets, segment.base.element_size()
-        first = 0
-        for last in range(1, len(segment.columns) + 1):
-            ends = last == len(segment.columns)
-            if ends or (offsets[last + 1] - offsets[first]) * size > limit:
-                part = segment.part(first, last)
-                starts = part.layout.offsets
-                yield Bucket(
-                    tuple(bank.blocks[column] for column in part.columns),
-                    part.columns,
-                    part.layout.shapes,
-                    tuple(end - start for start, end in pairwise(starts)),
-                    part.base,
-                    reducer(part),
-                )
-                first = last
+        for part in parts(segment, limit):
+            names = tuple(bank.blocks[column] for column in part.columns)
+            yield Bucket(names, part.columns, part.layout, part.base, reducer(part))
 
 
 class Snapshot(Protocol):
@@ -218,7 +196,7 @@ class _Tokens(torch.autograd.Function):
     def forward(ctx: Any, bucket: Bucket, *columns: Tensor) -> tuple[Tensor, ...]:
         ctx.bucket = bucket
         ctx.set_materialize_grads(False)
-        return tuple(bucket.like.new_empty(()).expand(shape) for shape in bucket.shapes)
+        return tuple(bucket.like.new_empty(()).expand(shape) for shape in bucket.layout.shapes)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:

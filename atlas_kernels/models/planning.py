@@ -11,11 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from ..bank import CHUNK, SLOTS, Patterns, check_dtype, chosen, split_base
+from ..bank import BUCKET, CHUNK, SLOTS, Patterns, check_dtype, chosen, split_base
 from ..ops import CODECS, TILE, Codec, padded, parse_codec
 from .fitting import Memory
 from .substitution import call_with
-from .whole import BUCKET
 
 # Best first: how faithfully deltas are stored; then, what costs the least time.
 _CODECS = ("fp32", "bf16", "int8", "int4", "int3", "int2", "sign")

@@ -121,7 +121,7 @@ class _Snapshot:
     def compose(self, name: str, /) -> Tensor:
         """See `passes.Snapshot`."""
         bucket = self._mode.buckets[name]
-        (column,), (shape,) = bucket.columns, bucket.shapes
+        (column,), (shape,) = bucket.columns, bucket.layout.shapes
         flat = self._mode.blocks.compose(column, self._rows[column])
         # To autograd no view: a module may change it in place, as embeddings with max_norm do.
         block: Tensor = torch.ops.aten._unsafe_view(flat[: prod(shape)], shape)

@@ -14,14 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..bank import LowRankSegment, Segment, TaskVectorBank
+from ..bank import BUCKET, LowRankSegment, Segment, TaskVectorBank
 from ..ops import tile_keys
 from .passes import Bucket, buckets
-
-# Bytes of the small gradients that are reduced together. For ViT-B/32's image tower (B = 152) any
-# size up to a few MiB takes as long as block by block, for an encoder of 56 small blocks 1 MiB a
-# third; larger ones leave the cache.
-BUCKET = 1 << 20
 
 
 class Whole:

@@ -10,9 +10,11 @@ from .backends import BackendUnavailableError, backends, resolve
 from .codecs import CODECS, Codec, codec_named, parse_codec
 from .composition import (
     STORAGE_DTYPES,
+    BlockComposition,
     Composition,
     check_coef,
     compose,
+    compose_blocks_with,
     compose_with,
     dots_with,
     per_block,
@@ -29,6 +31,7 @@ __all__ = [
     "Arena",
     "ArenaComposition",
     "BackendUnavailableError",
+    "BlockComposition",
     "Codec",
     "Composition",
     "Layout",
@@ -37,6 +40,7 @@ __all__ = [
     "check_groups",
     "codec_named",
     "compose",
+    "compose_blocks_with",
     "compose_with",
     "dots_with",
     "group_of",

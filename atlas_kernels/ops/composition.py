@@ -2,8 +2,8 @@
 
 Composition and its coefficient gradient are each other's derivative, so each is an
 `autograd.Function` whose backward calls the other: any order of differentiation works. There are
-two pairs: lists of tensors that the caller owns, and anything else that composes one flat tensor
-(an `arena`, low-rank factors, a stream), which comes as one object.
+three pairs: lists of tensors that the caller owns, anything else that composes one flat tensor (an
+`arena`, low-rank factors, a stream), which comes as one object, and the blocks of such a tensor.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .backends import resolve
 from .groups import check_groups
-from .internals import any_requires_grad, is_transformed
+from .internals import any_requires_grad, in_transform, is_transformed
 from .schema import ABSENT, operators
 
 STORAGE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -139,6 +139,24 @@ def compose_with(composition: Composition, coef: Tensor, base: Tensor) -> Tensor
 def dots_with(composition: Composition, grad: Tensor) -> Tensor:
     """``composition.dots``, what `compose_with` hands back to ``coef``; differentiable."""
     result: Tensor = _call(_Dots, composition, grad)
+    return result
+
+
+class BlockComposition(Protocol):
+    """The same with its result in blocks, whose gradients are taken where they lie."""
+
+    def composed(self, coef: Tensor, based: bool) -> tuple[Tensor, ...]:
+        """Every block of the sum, or without the base of the deltas' alone."""
+
+    def dots(self, grads: Sequence[Tensor | None]) -> Tensor:
+        """Shaped like coef; None is the gradient of a block that has no part in the loss."""
+
+
+def compose_blocks_with(
+    composition: BlockComposition, coef: Tensor, based: bool
+) -> tuple[Tensor, ...]:
+    """``composition.composed``, differentiable (in any order) in ``coef``."""
+    result: tuple[Tensor, ...] = _call(_ComposeBlocks, composition, coef, based)
     return result
 
 
@@ -288,6 +306,45 @@ class _Dots(_Batched):
     def backward(ctx: Any, grad: Tensor) -> Any:
         zeros = grad.new_zeros(ctx.numel, dtype=ctx.dtype)
         return None, _call(_Compose, ctx.composition, grad, zeros)
+
+
+class _ComposeBlocks(_Batched):
+    """(composition, coef, based) -> B composed blocks."""
+
+    @staticmethod
+    def forward(composition: BlockComposition, coef: Tensor, based: bool) -> tuple[Tensor, ...]:
+        return composition.composed(coef, based)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.composition = inputs[0]
+        # Neither the compiler nor a transform can pass None on.
+        ctx.set_materialize_grads(torch.compiler.is_compiling() or in_transform())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        # As in `_ComposeList`.
+        if torch.compiler.is_compiling():
+            return None, _DotsBlocks.forward(ctx.composition, *grads), None
+        return None, _call(_DotsBlocks, ctx.composition, *grads), None
+
+
+class _DotsBlocks(_Batched):
+    """(composition, *grads [B]) -> coef's gradient."""
+
+    @staticmethod
+    def forward(composition: BlockComposition, *grads: Tensor | None) -> Tensor:
+        return composition.dots(grads)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.composition = inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        blocks = _call(_ComposeBlocks, ctx.composition, grad, False)
+        needs = ctx.needs_input_grad[1:]
+        return None, *(block if need else None for block, need in zip(blocks, needs, strict=True))
 
 
 class _ComposeList(_Batched):

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from math import prod
 
 import torch
@@ -118,15 +118,14 @@ class Layout:
     def split(self, flat: Tensor) -> tuple[Tensor, ...]:
         """Views of the blocks in a flat arena row [P].
 
-        One `torch.split` with the pads as chunks of their own: its backward is a single
-        concatenation, where slicing block by block would zero-fill P elements per block.
+        One `torch.split` with the pads as chunks of their own: a slice per block takes longer.
         """
         sizes: list[int] = []
         kept = []
-        for shape, start, end in zip(self.shapes, self.offsets, self.offsets[1:], strict=False):
+        for shape, padded_length in zip(self.shapes, self._lengths, strict=True):
             length = prod(shape)
             kept.append(len(sizes))
-            padding = end - start - length
+            padding = padded_length - length
             sizes += [length, padding] if padding else [length]
         chunks = torch.split(flat, sizes)
         return tuple(
@@ -134,6 +133,25 @@ class Layout:
             chunks[k] if len(shape) == 1 else chunks[k].view(shape)
             for k, shape in zip(kept, self.shapes, strict=True)
         )
+
+    def join(self, blocks: Sequence[Tensor | None], like: Tensor) -> Tensor:
+        """The inverse of `split`: [P], zero where a block is None; a view where one block fills it.
+
+        Args:
+            blocks: B of them.
+            like: any tensor of their dtype and device.
+        """
+        flat = []
+        for block, shape, length in zip(blocks, self.shapes, self._lengths, strict=True):
+            missing = length if block is None else length - prod(shape)
+            flat += [] if block is None else [block.reshape(-1)]
+            flat += [like.new_zeros(missing)] if missing else []
+        return flat[0] if len(flat) == 1 else torch.cat(flat) if flat else like.new_zeros(0)
+
+    @property
+    def _lengths(self) -> list[int]:
+        """Of the blocks, with padding."""
+        return [end - start for start, end in pairwise(self.offsets)]
 
 
 def pieces(region: Tensor, length: int, num_vectors: int = 1) -> list[Tensor]:

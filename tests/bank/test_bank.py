@@ -23,6 +23,7 @@ from torch import Tensor, nn
 import atlas_kernels as ak
 from atlas_kernels.files.errors import FileFormatError
 from atlas_kernels.files.tensors import write_tensors
+from atlas_kernels.models import PeakMemory
 from atlas_kernels.ops.layout import TILE
 
 DTYPE_OF_CODEC = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -631,3 +632,40 @@ def test_backends_agree_on_one_bank() -> None:
     results = [bank.compose(coef, backend=backend) for backend in ("torch", "cpp", "auto")]
     for result in results[1:]:
         assert all(same_bits(result[block], results[0][block]) for block in bank.blocks)
+
+
+def test_gradients_of_blocks_are_reduced_where_they_lie() -> None:
+    """No copy of a long one, none of those that have none: not the bank's way of old, gathering."""
+    base = {f"long.{k}": torch.randn(600, 512) for k in range(4)} | {"short": torch.randn(7)}
+    vectors = [
+        ak.TaskVector({k: torch.randn(t.shape) for k, t in base.items()}, name=name)
+        for name in "ab"
+    ]
+    bank = ak.TaskVectorBank.from_task_vectors(base, vectors)
+    (segment,) = bank.segments
+    coef = torch.randn(2, len(base), requires_grad=True)
+    composed = bank.compose(coef)
+    used = ["long.0", "long.2", "short"]
+    grads = {name: torch.randn_like(composed[name]) for name in used}
+    outputs = [composed[name] for name in used]
+    gathered = segment.layout.join([grads.get(name) for name in bank.blocks], segment.base)
+    with PeakMemory() as memory:
+        (grad,) = torch.autograd.grad(outputs, coef, list(grads.values()))
+    assert memory.peak < 64 * 1024
+    assert same_bits(grad, segment.coef_grad(gathered))
+    assert grad[:, [bank.blocks.index(name) for name in used]].abs().min() > 0
+    assert grad[:, bank.blocks.index("long.1")].eq(0).all()
+
+
+def test_combined_gradients_of_gradients() -> None:
+    bank = make_bank("fp32")[2]
+    coef = torch.randn(3, 4, requires_grad=True)
+
+    def loss(coef: torch.Tensor) -> torch.Tensor:
+        return sum((t.float().square().sum() for t in bank.combine(coef).values()), coef.sum())
+
+    (grad,) = torch.autograd.grad(loss(coef), coef, create_graph=True)
+    (second,) = torch.autograd.grad(grad.square().sum(), coef)
+    hessian = torch.autograd.functional.hessian(loss, coef.detach())
+    expected = 2 * (hessian * grad.detach()[..., None, None]).sum((0, 1))
+    assert torch.allclose(second, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
