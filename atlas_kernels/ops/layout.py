@@ -118,7 +118,8 @@ class Layout:
     def split(self, flat: Tensor) -> tuple[Tensor, ...]:
         """Views of the blocks in a flat arena row [P].
 
-        One `torch.split` with the pads as chunks of their own: a slice per block takes longer.
+        One `torch.split` with the pads as chunks of their own, so that its backward, if one is
+        recorded, is a single concatenation: slices would zero-fill P elements per block.
         """
         sizes: list[int] = []
         kept = []
