@@ -1,9 +1,9 @@
 """A segment's blocks: composed in one pass, their gradients reduced where autograd made them.
 
 One gradient per block becomes one number per task vector and block. On a CPU neighbours are reduced
-in buckets that stay in the cache, and a block that is longer is not copied at all: no gradient of a
-whole model is made of them. Every bucket is a call, which on a GPU is a launch, and the compiler's
-graph holds them all: there the gradients are gathered, and one call reduces them.
+in buckets that stay in the cache, and a longer block that ends with a tile is not copied at all: no
+gradient of a whole model is made of them. Every bucket is a call, which on a GPU is a launch, and
+the compiler's graph holds them all: there the gradients are gathered, and one call reduces them.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from torch import Tensor
 
 from ..ops import Composition, Layout
 
-# Bytes of the small gradients that are reduced together. For ViT-B/32's image tower (B = 152) any
-# size up to a few MiB takes as long as block by block, for an encoder of 56 small blocks 1 MiB a
-# third; larger ones leave the cache.
+# Bytes of the small gradients that are reduced together. In the memory mode "whole", for ViT-B/32's
+# image tower (B = 152) any size up to a few MiB takes as long as block by block, for an encoder of
+# 56 small blocks 1 MiB a third; larger ones leave the cache.
 BUCKET = 1 << 20
 
 S = TypeVar("S", bound="Divisible")

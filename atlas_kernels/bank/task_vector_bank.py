@@ -380,15 +380,14 @@ class TaskVectorBank:
         groups = coef.shape[2] if coef.dim() == 3 else 0
         composed: dict[str, Tensor] = {}
         keys = self._tile_keys(seed) if groups else [None] * len(self.segments)
+        alone = len(self.segments) == 1
         for segment, blocks, key in zip(self.segments, self._blocks, keys, strict=True):
-            whole = coef.dim() == 1 or len(self.segments) == 1
-            part = coef if whole else coef.index_select(1, segment.index)
+            part = coef if alone or coef.dim() == 1 else coef.index_select(1, segment.index)
             part = per_block(part, len(segment.columns))
             members = (self.blocks[j] for j in segment.columns)
             composition = blocks.with_coef(len(self.names), backend, key, groups)
             composed |= zip(members, compose_blocks_with(composition, part, based), strict=True)
-        whole = len(self.segments) == 1
-        return composed if whole else {block: composed[block] for block in self.blocks}
+        return composed if alone else {block: composed[block] for block in self.blocks}
 
     def _tile_keys(self, seed: int) -> list[Tensor]:
         """Every segment's, made once."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 from weakref import ref
 
 import torch
@@ -15,6 +16,8 @@ from .door import install
 from .passes import Pass, Recorded
 from .recompute import OnUse
 from .whole import Whole
+
+T = TypeVar("T")
 
 # Models that share a module take turns.
 _TURN = threading.RLock()
@@ -51,7 +54,7 @@ class Source:
         if torch.compiler.is_compiling() and self._traced is not None:
             return self._traced.weight(name)
         local = self._local
-        if parameter is not None and _alive(local.copying):
+        if parameter is not None and _alive(local.copying) is not None:
             return parameter
         running = local.running
         # An interrupt may have left it behind.
@@ -98,20 +101,21 @@ class Source:
         Args:
             accumulate: whether gradients stop at the blocks, and go on at the end.
         """
-        local, shared = self._local, _Kept(_Sums() if accumulate else None)
+        local, sums = self._local, _Sums() if accumulate else None
+        shared = _Kept(sums.cut if sums else None)
         local.between.current = None
         local.shared = ref(shared)
         try:
             yield
-            if shared.sums:
-                shared.sums.send()
+            if sums:
+                sums.send()
         finally:
             local.shared = None
 
     @contextmanager
     def copying(self) -> Iterator[None]:
         """Inside, this thread finds the parameters themselves: some modules look when copied."""
-        local, copying = self._local, _Kept()
+        local, copying = self._local, _Mark()
         local.copying = ref(copying)
         try:
             yield
@@ -137,7 +141,7 @@ class Source:
                 install(self._module, self._mode.bank.weights, self)
 
     def _between(self) -> Pass | Recorded:
-        coef, kept = self._coef(), _alive(self._local.shared) or self._local.between
+        coef, kept = self._coef(), self._local.kept
         if in_transform():
             return self._new_pass()
         if kept.current is None or not kept.current.serves(coef):
@@ -149,21 +153,24 @@ class Source:
     def _new_pass(self) -> Pass | Recorded:
         if in_transform() and isinstance(self._mode, Whole):
             return Recorded(self._mode.compose(self._coef()))
-        shared = _alive(self._local.shared)
-        return Pass(self._mode, self._coef(), shared.sums.cut if shared and shared.sums else None)
+        return Pass(self._mode, self._coef(), self._local.kept.cut)
+
+
+class _Mark:
+    """Lives as long as a `with` block."""
 
 
 class _Kept:
-    """Holds the pass of one time.
+    """The pass of forward passes that share one, or between forward passes.
 
     Attributes:
         current: the pass.
-        sums: of the gradients of that time, if they are summed.
+        cut: what takes its graph apart, see `Pass`.
     """
 
-    def __init__(self, sums: _Sums | None = None) -> None:
+    def __init__(self, cut: Callable[[Tensor], Tensor] | None = None) -> None:
         self.current: Pass | Recorded | None = None
-        self.sums = sums
+        self.cut = cut
 
 
 class _Local(threading.local):
@@ -174,21 +181,26 @@ class _Local(threading.local):
 
     Attributes:
         running: the forward pass.
-        between: the pass between forward passes.
-        shared: the pass that forward passes share.
+        between: what is kept between forward passes.
+        shared: what is kept while forward passes share one.
         copying: alive while modules are copied.
     """
 
     running: Pass | Recorded | None = None
     shared: ref[_Kept] | None = None
-    copying: ref[_Kept] | None = None
+    copying: ref[_Mark] | None = None
 
     def __init__(self) -> None:
         self.between = _Kept()
 
+    @property
+    def kept(self) -> _Kept:
+        """Of the two, the one whose time it is."""
+        return _alive(self.shared) or self.between
 
-def _alive(holder: ref[_Kept] | None) -> _Kept | None:
-    return holder() if holder else None
+
+def _alive(reference: ref[T] | None) -> T | None:
+    return reference() if reference else None
 
 
 class _Sums:
